@@ -1,0 +1,126 @@
+"""The callback that a federated strategy brings along, for the hooks that Lightning gives to callbacks only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import Optimizer
+
+from lightning_fed.federation.rounds import finish_round, start_round
+from lightning_fed.federation.sampler import JointBatch
+
+if TYPE_CHECKING:
+    from lightning_fed.federation.strategy import FederatedStrategy
+
+
+class Companion(Callback):
+    """Begins and ends rounds, publishes logs, and watches monitors. First of the Trainer's callbacks.
+
+    Being first, it has ended a round (communication included) before any other callback sees the batch's end.
+    """
+
+    def __init__(self, strategy: FederatedStrategy) -> None:
+        self.strategy = strategy
+
+    @classmethod
+    def accompany(cls, trainer: Trainer, strategy: FederatedStrategy) -> None:
+        """Become the first callback of a Trainer, once."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, cls) for callback in callbacks):
+            callbacks.insert(0, cls(strategy))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Every batch would begin with a broadcast that keeps the ranks in lock step, and that pairs with other
+        # collectives as soon as one rank has more batches.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        before_transfer = type(pl_module)._on_before_batch_transfer
+        owners = [owner for owner in (pl_module, trainer.datamodule) if owner is not None]  # type: ignore[attr-defined]
+        has_hook = any(is_overridden("on_before_batch_transfer", owner) for owner in owners)
+
+        def of_each_client(batch: Any, dataloader_idx: int = 0) -> Any:
+            if not isinstance(batch, JointBatch):
+                return before_transfer(pl_module, batch, dataloader_idx)
+            for part in batch.parts if has_hook else ():
+                part.batch = before_transfer(pl_module, part.batch, dataloader_idx)
+            return batch
+
+        pl_module.__dict__["_on_before_batch_transfer"] = of_each_client
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pl_module.__dict__.pop("_on_before_batch_transfer", None)
+        trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loader = trainer.fit_loop._combined_loader
+        if loader is not None and len(loader.flattened) > 1:
+            raise ValueError(
+                f"{len(loader.flattened)} training loaders were given, but a client draws its minibatches from one: "
+                "combine the data sets, or call one loader inside a collate function."
+            )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        work = self.strategy.sampler.work
+        if trainer.accumulate_grad_batches != work.accumulate:
+            raise ValueError(
+                f"accumulate_grad_batches changed from {work.accumulate} to {trainer.accumulate_grad_batches} during "
+                "the fit, but a federation's rounds are planned with a fixed number: set it in the Trainer instead of "
+                "a GradientAccumulationScheduler."
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.strategy.local_step.joint, self.strategy.local_step.batch_idx = batch, batch_idx
+        if batch.index == 0:
+            start_round(self.strategy)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.strategy.local_step.before_optimizer_step(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        strategy = self.strategy
+        strategy.joint_index = batch.index + 1
+        strategy.local_step.logs.publish_step()
+        if batch.is_last_of_round:
+            finish_round(strategy)
+            if strategy.round % strategy.sampler.rounds_per_epoch == 0:
+                strategy.refresh_consensus()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.strategy.local_step.logs.publish_epoch(self.strategy.gather_objects)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.strategy.evaluation.publish()
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.strategy.evaluation.publish()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._check_monitors(trainer)
+
+    def _check_monitors(self, trainer: Trainer) -> None:
+        """Refuse a monitored metric that ranks disagree on: they would save and stop at different times.
+
+        Runs in the sanity check already, so before the first training step.
+
+        Raises:
+            ValueError: naming the metric and each rank's value.
+        """
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        monitors = [c.monitor for c in callbacks if isinstance(c, (ModelCheckpoint, EarlyStopping))]
+        monitors += [config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+        metrics = trainer.callback_metrics
+        mine = {name: float(metrics[name]) for name in monitors if name is not None and name in metrics}
+        ranks = self.strategy.gather_objects(mine)
+        for name in {name for values in ranks for name in values}:
+            values = [values.get(name) for values in ranks]
+            if len({str(value) for value in values}) > 1:
+                raise ValueError(
+                    f"the monitored metric {name!r} differs between ranks ({values}; None: not logged), so they would "
+                    "save and stop at different times: log it in `validation_step`, where it is reduced over ranks, or "
+                    "with sync_dist=True."
+                )

@@ -1,0 +1,74 @@
+"""The two ends of a round: what happens before the first local step, and the communication after the last one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+if TYPE_CHECKING:
+    from lightning_fed.federation.strategy import FederatedStrategy
+
+
+@torch.no_grad()
+def start_round(strategy: FederatedStrategy) -> None:
+    """Give the cohort what it starts from."""
+    bank = strategy.bank
+    if strategy.optimizer_state_policy == "reset":
+        bank.reset_optimizers()
+    strategy.dropped = np.array([], dtype=np.int64)
+    strategy.start_round(bank.rows.matrix, bank.buffers.matrix, strategy.exchange)
+
+
+@torch.no_grad()
+def finish_round(strategy: FederatedStrategy) -> None:
+    """Communicate, and count the round."""
+    bank, exchange = strategy.bank, strategy.exchange
+    bank.bind_nothing()
+    settle_nonfinite(strategy)
+    strategy.mix(bank.rows.matrix, exchange)
+    if bank.buffers.width and strategy.float_buffers == "mix":
+        strategy.mix_buffers(bank.buffers.matrix, exchange)
+    if strategy.optimizer_state_policy == "reset":
+        bank.reset_optimizers()
+    strategy.round += 1
+    strategy.joint_index = 0
+
+
+def settle_nonfinite(strategy: FederatedStrategy) -> None:
+    """Find clients whose row is not finite; refuse to mix them, or drop them and restart them from the others.
+
+    Raises:
+        RuntimeError: naming the clients and the round.
+    """
+    bank, exchange = strategy.bank, strategy.exchange
+    bad_here = np.zeros(len(bank.clients))
+    slots = [bank.slot(int(client)) for client in strategy.cohort if client in bank.clients]
+    if slots:
+        # A sum is not finite if an entry is not, and costs a tenth of torch.isfinite; a sum may also overflow, so the
+        # few suspects are looked at entry by entry.
+        sums = torch.stack([bank.rows.matrix[slot].sum() for slot in slots])
+        for index in (~torch.isfinite(sums)).nonzero().squeeze(1).tolist():
+            bad_here[slots[index]] = not bool(torch.isfinite(bank.rows.matrix[slots[index]]).all())
+    bad = exchange.gather_rows(bad_here)
+    clients = np.flatnonzero(bad)
+    if not len(clients):
+        return
+    rest = np.setdiff1d(np.arange(strategy.num_clients), clients)
+    if strategy.on_nonfinite == "raise" or not len(rest):
+        raise RuntimeError(
+            f"the models of clients {clients.tolist()} are not finite at the end of round {strategy.round}: lower the "
+            "learning rate or clip gradients, or set on_nonfinite='drop' to go on without them (they restart from the "
+            "mean of the others)."
+        )
+    rank_zero_warn(f"round {strategy.round}: clients {clients.tolist()} are not finite and restart from the others.")
+    strategy.dropped = clients
+    weights = np.zeros(strategy.num_clients)
+    weights[rest] = 1 / len(rest)
+    for rows in (bank.rows, bank.buffers):
+        mean = exchange.mean(rows.matrix, weights)
+        exchange.download(mean, rows.matrix, clients)
+    for client in clients:
+        bank.forget(int(client))

@@ -1,0 +1,525 @@
+"""The Strategy that turns a Trainer into a federation: rounds of local steps, then one communication.
+
+The file reads in the order of a run: construction, processes, set-up, local steps, rounds, evaluation, checkpoints. An
+algorithm overrides :meth:`FederatedStrategy.mix` (and, if it needs to, the hooks beside it in "The algorithm").
+Shapes: N = clients, C = clients on this rank, P = trainable parameters.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.strategy import _ForwardRedirection
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from lightning_fed.federation.checkpoint import FederationCheckpoint
+from lightning_fed.federation.clients import ClientBank
+from lightning_fed.federation.companion import Companion
+from lightning_fed.federation.evaluation import Evaluation, shard_for_evaluation
+from lightning_fed.federation.exchange import CollectiveExchange, Exchange, LoopbackExchange
+from lightning_fed.federation.layout import Layout
+from lightning_fed.federation.local_rules import LocalRule
+from lightning_fed.federation.local_step import LocalStep
+from lightning_fed.federation.participation import FullParticipation, Participation
+from lightning_fed.federation.sampler import (
+    ClientBatchSampler,
+    JointBatch,
+    LocalWork,
+    batching_of,
+    check_shards,
+    client_shards,
+    federated_loader,
+)
+
+
+class FederatedStrategy(DDPStrategy):
+    """Trains a federation of clients inside one ``Trainer.fit``; the base of every algorithm.
+
+    ``DDPStrategy`` is the base for its launchers and its place in Lightning (``torch.compile``, ``sync_dist``); the
+    module is never wrapped, and gradients never leave a client.
+
+    Args:
+        num_clients: clients of the federation, N; by default one a host (a rank, or ``ranks_per_client`` ranks).
+        participation: who takes part in a round; by default everybody.
+        local_rule: a change to the local step (SAM, a proximal term); by default none.
+        local_epochs: passes over a client's shard in a round.
+        local_steps: optimizer steps of a client in a round, instead of ``local_epochs``.
+        rounds_per_epoch: rounds in one Lightning epoch; ``"pass"`` for as many as the largest shard has steps.
+        optimizer_state: ``"reset"`` the clients' optimizers each round, as in the papers, or ``"keep"`` their state.
+        float_buffers: ``"mix"`` BatchNorm statistics like parameters, or leave them ``"local"``.
+        evaluate: what ``validate`` and ``test`` measure: the ``"consensus"`` model, every one of the ``"clients"``'
+            own models (logged as mean, minimum and maximum), or ``"both"``.
+        ranks_per_client: ranks that train one client together; gradients are averaged inside the client.
+        on_nonfinite: ``"raise"`` if a client's row is not finite when it should be mixed, or ``"drop"`` the client from
+            the round and restart it from the mean of the others.
+        seed: of cohorts, shuffling, dropout and augmentation; by default that of ``seed_everything``, else 0.
+        process_group_backend: of ``torch.distributed``; by default NCCL on GPUs and gloo on CPUs.
+        timeout: seconds that a rank waits for another one.
+        start_method: how Lightning starts ranks when no launcher such as torchrun or SLURM has.
+
+    Raises:
+        ValueError: for a setting out of range; the message names it and the way out.
+    """
+
+    def __init__(
+        self,
+        num_clients: int | None = None,
+        participation: Participation | None = None,
+        local_rule: LocalRule | None = None,
+        local_epochs: int = 1,
+        local_steps: int | None = None,
+        rounds_per_epoch: int | Literal["pass"] = 1,
+        optimizer_state: Literal["reset", "keep"] = "reset",
+        float_buffers: Literal["mix", "local"] = "mix",
+        evaluate: Literal["consensus", "clients", "both"] = "consensus",
+        ranks_per_client: int = 1,
+        on_nonfinite: Literal["raise", "drop"] = "raise",
+        seed: int | None = None,
+        process_group_backend: str | None = None,
+        timeout: float = 1800.0,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        for name, value in (
+            ("num_clients", num_clients),
+            ("local_epochs", local_epochs),
+            ("local_steps", local_steps),
+            ("rounds_per_epoch", None if rounds_per_epoch == "pass" else rounds_per_epoch),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        for name, choice, choices in (
+            ("optimizer_state", optimizer_state, ("reset", "keep")),
+            ("float_buffers", float_buffers, ("mix", "local")),
+            ("evaluate", evaluate, ("consensus", "clients", "both")),
+            ("on_nonfinite", on_nonfinite, ("raise", "drop")),
+        ):
+            if choice not in choices:
+                raise ValueError(f"{name}={choice!r} is not one of {choices}.")
+        super().__init__(
+            process_group_backend=process_group_backend,
+            timeout=timedelta(seconds=timeout),
+            start_method=start_method,
+        )
+        self._forward_redirection = _ForwardRedirection()
+        self._num_clients = num_clients
+        self.participation = participation or FullParticipation()
+        self.local_rule = local_rule
+        self.local_epochs = local_epochs
+        self.local_steps = local_steps
+        self.rounds_per_epoch = rounds_per_epoch
+        self.optimizer_state_policy = optimizer_state
+        self.float_buffers = float_buffers
+        self.evaluate = evaluate
+        self.ranks_per_client = ranks_per_client
+        self.on_nonfinite = on_nonfinite
+        self._seed = seed
+        self.round = 0
+        self.joint_index = 0
+        self.dropped: np.ndarray = np.array([], dtype=np.int64)
+        self.shards: list[np.ndarray] = []
+        self.exchange: Exchange = LoopbackExchange(Layout(1))
+        self._bank: ClientBank | None = None
+        self._local_step: LocalStep | None = None
+        self._evaluation: Evaluation | None = None
+        self._sampler: ClientBatchSampler | None = None
+        self._replicas: dist.ProcessGroup | None = None
+        self._resume: FederationCheckpoint | None = None
+        self._bank_of: tuple[LightningModule, Trainer] | None = None
+        self._consensus_is_stale = False
+
+    # ------------------------------------------------------------------------------------------------ the algorithm
+
+    @abstractmethod
+    def mix(self, rows: Tensor, exchange: Exchange) -> None:
+        """The communication of a round, in place on the rows ``[C, P]`` of this rank's clients.
+
+        Called after the last local step of a round, on every rank. ``self.round`` is the round that ends,
+        ``self.cohort`` who took part.
+        """
+
+    def mix_buffers(self, buffers: Tensor, exchange: Exchange) -> None:
+        """The same for float buffers (BatchNorm statistics) ``[C, B]``; by default they are mixed like parameters."""
+        self.mix(buffers, exchange)
+
+    def start_round(self, rows: Tensor, buffers: Tensor, exchange: Exchange) -> None:
+        """What happens before the first local step of a round, for example the download of a server's model."""
+
+    def consensus(self, rows: Tensor, exchange: Exchange) -> Tensor:
+        """The model that is evaluated and exported, ``[P]``: by default the mean of all clients' rows."""
+        return exchange.mean(rows)
+
+    def consensus_buffers(self, buffers: Tensor, exchange: Exchange) -> Tensor:
+        """The float buffers of that model, ``[B]``."""
+        return exchange.mean(buffers)
+
+    def setup_algorithm(self, bank: ClientBank, exchange: Exchange) -> None:
+        """Make the algorithm's own state, when rows exist; called once a fit, before a checkpoint is restored."""
+
+    def algorithm_state(self) -> dict[str, Any]:
+        """State of the algorithm that a resumed run needs, equal on all ranks: tensors and plain values."""
+        return {}
+
+    def load_algorithm_state(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`algorithm_state`."""
+
+    # ------------------------------------------------------------------------------------------------------- facts
+
+    @property
+    def num_clients(self) -> int:
+        """Clients of the federation, N."""
+        return self._num_clients or self.world_size // self.ranks_per_client
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.num_clients, self.world_size, self.ranks_per_client)
+
+    @property
+    def seed(self) -> int:
+        """The seed of all streams of the federation."""
+        return self._seed if self._seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    @property
+    def cohort(self) -> np.ndarray:
+        """The clients that take part in the present round, sorted, int64."""
+        return self.participation.cohort(self.round, self.num_clients, self.seed)
+
+    @property
+    def bank(self) -> ClientBank:
+        """The clients of this rank. Exists from the set-up of a fit on."""
+        assert self._bank is not None, "the clients' rows exist from the set-up of `fit` on"
+        return self._bank
+
+    @property
+    def local_step(self) -> LocalStep:
+        """What runs one client's minibatch. Exists during a fit."""
+        assert self._local_step is not None
+        return self._local_step
+
+    @property
+    def sampler(self) -> ClientBatchSampler:
+        """What plans the rounds. Exists from the first training loader on."""
+        assert self._sampler is not None
+        return self._sampler
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """What runs validation and test. Exists from the set-up on."""
+        assert self._evaluation is not None
+        return self._evaluation
+
+    @property
+    def is_distributed(self) -> bool:
+        # Lightning reads it for `sync_dist`; DDPStrategy's own property warns on every use.
+        return True
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """One replica: Lightning must not re-partition the clients' data; see :meth:`process_dataloader`."""
+        return {"num_replicas": 1, "rank": 0}
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """True: clients accumulate one by one, so every joint step has to come by :meth:`optimizer_step`."""
+        return True
+
+    # --------------------------------------------------------------------------------------------------- processes
+
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        Companion.accompany(model.trainer, self)
+
+    def setup_distributed(self) -> None:
+        """Start the process group; one rank alone needs none."""
+        reset_seed()
+        self.set_world_ranks()
+        layout = self.layout
+        self.participation.validate(layout.num_clients)
+        if self.world_size == 1:
+            return
+        super().setup_distributed()
+        if self.exchange.layout == layout and isinstance(self.exchange, CollectiveExchange):
+            return
+        shape, names = (layout.num_hosts, layout.ranks_per_client), ("client", "replica")
+        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        self._replicas = mesh.get_group("replica") if self.ranks_per_client > 1 else None
+        self.exchange = CollectiveExchange(layout, layout.host_of_rank(self.global_rank), mesh.get_group("client"))
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The (small, picklable) values of all ranks, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    # ------------------------------------------------------------------------------------------------------ set-up
+
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
+        if self._layer_sync is not None:
+            raise ValueError(
+                "sync_batchnorm=True would average the statistics of different clients at every step: leave it off; "
+                "float buffers are mixed once a round (float_buffers='mix')."
+            )
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if self.world_size > 1:
+            _sync_module_states(self.lightning_module)
+        self._setup_clients(trainer, fitting)
+        if fitting:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+            self._setup_training(trainer)
+        self._evaluation = Evaluation(self, self.lightning_module)
+
+    def _setup_clients(self, trainer: Trainer, fitting: bool) -> None:
+        """Make the rows, keep those of an earlier fit that this one continues, or read them from a checkpoint."""
+        module = self.lightning_module
+        assert module is not None
+        if self.world_size == 1 and self.exchange.layout != self.layout:
+            self.exchange = LoopbackExchange(self.layout)
+        resume, self._resume = self._resume, None
+        wanted = fitting or self.evaluate != "consensus"
+        if resume is not None and wanted:
+            resume.check(type(self).__name__, self.layout, module)
+        elif self._bank is not None and self._bank_of == (module, trainer) and self._bank.is_exported_unchanged():
+            self._bank.to(self.root_device)
+            return
+        elif not fitting:
+            if self.evaluate != "consensus":
+                raise ValueError(
+                    f"evaluate={self.evaluate!r} needs the clients' own models, and there are none: call `fit` with "
+                    "this Trainer first, pass the `ckpt_path` of a federated run, or set evaluate='consensus'."
+                )
+            return
+        self._bank = ClientBank(module, self.exchange.clients)
+        self._bank_of = (module, trainer)
+        self.round, self.joint_index = 0, 0
+        self.exchange.reset_counts()
+        self.setup_algorithm(self._bank, self.exchange)
+        if resume is not None:
+            resume.restore(self)
+            self._resume = resume
+
+    def _setup_training(self, trainer: Trainer) -> None:
+        module = self.lightning_module
+        assert module is not None
+        rule = self.local_rule
+        if rule is not None and rule.needs_automatic_optimization and not module.automatic_optimization:
+            raise ValueError(
+                f"{type(rule).__name__} evaluates a minibatch twice, which needs automatic optimization, but "
+                f"{type(module).__name__} has automatic_optimization=False: use another strategy for it."
+            )
+        per_step = [config for config in self.lr_scheduler_configs if config.interval == "step"]
+        if per_step and module.automatic_optimization and self.layout.num_clients > self.layout.num_hosts:
+            raise ValueError(
+                f"the scheduler {type(per_step[0].scheduler).__name__} has interval='step', which has no meaning when "
+                f"several clients share a rank (num_clients={self.num_clients}) and take different numbers of steps: "
+                "use interval='epoch' (once a round)."
+            )
+        keep_gradients = not module.automatic_optimization or trainer.accumulate_grad_batches > 1
+        self.bank.use_optimizers(self.optimizers, getattr(self.precision_plugin, "scaler", None), keep_gradients)
+        self._local_step = LocalStep(self, module)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Give a training loader the client-aware sampler, and let ranks share an evaluation loader's samples."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if not isinstance(dataloader, DataLoader):
+            return dataloader
+        if trainer.predicting:
+            return dataloader
+        if not trainer.training:
+            return shard_for_evaluation(dataloader, self.world_size, self.global_rank, self.evaluate)
+        batch_size, shuffle, drop_last = batching_of(dataloader)
+        work = LocalWork(
+            batch_size=batch_size,
+            local_epochs=self.local_epochs,
+            local_steps=self.local_steps,
+            accumulate=trainer.accumulate_grad_batches,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            ranks_per_client=self.ranks_per_client,
+            replica=self.layout.replica_of_rank(self.global_rank),
+        )
+        self.shards = client_shards(dataloader.dataset, self.num_clients, self.seed)
+        check_shards(self.shards, work)
+        self._sampler = ClientBatchSampler(
+            shards=self.shards,
+            clients=self.exchange.clients,
+            work=work,
+            participation=self.participation,
+            seed=self.seed,
+            rounds_per_epoch=work.rounds_per_pass(self.shards)
+            if self.rounds_per_epoch == "pass"
+            else self.rounds_per_epoch,
+            next_position=self.next_position,
+        )
+        return federated_loader(dataloader, self._sampler, self.seed)
+
+    def next_position(self) -> tuple[int, int]:
+        """The round that the federation has reached, and how many of its joint steps are done."""
+        return self.round, self.joint_index
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        transfer = super().batch_to_device
+        if not isinstance(batch, JointBatch):
+            return transfer(batch, device, dataloader_idx)
+        if self.local_step.transfers_plainly:
+            if self.root_device.type == "cpu":
+                return batch
+            moved = move_data_to_device([part.batch for part in batch.parts], device or self.root_device)
+        else:
+            moved = [transfer(part.batch, device, dataloader_idx) for part in batch.parts]
+        for part, minibatch in zip(batch.parts, moved):
+            part.batch = minibatch
+        return batch
+
+    # -------------------------------------------------------------------------------------------------- local steps
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """A joint step: the closure and the optimizer's step for each client that has work."""
+        assert self.lightning_module is not None
+        step = super().optimizer_step
+        if not self.lightning_module.automatic_optimization:
+            return step(optimizer, closure, model, **kwargs)
+
+        def local(steps_optimizer: bool) -> None:
+            if steps_optimizer:
+                step(optimizer, closure, model, **kwargs)
+            else:
+                closure()
+
+        return self.local_step.run_automatic(optimizer, closure, super().training_step, local)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        step = super().training_step
+        if self.lightning_module.automatic_optimization:
+            return self.local_step.training_step(step, *args[1:], **kwargs)
+        return self.local_step.run_manual(step, *args, **kwargs)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        backward = super().backward
+        return self.local_step.backward(lambda: backward(closure_loss, optimizer, *args, **kwargs))
+
+    # ------------------------------------------------------------------------------------- evaluation and the export
+
+    def refresh_consensus(self) -> None:
+        """Make the module the consensus model of the rows as they are now; a collective call."""
+        bank, exchange = self.bank, self.exchange
+        if self._consensus_is_stale:
+            with torch.inference_mode(False), torch.no_grad():
+                first_client = np.eye(1, self.num_clients)[0]
+                bank.consensus = [
+                    self.consensus(bank.rows.matrix, exchange),
+                    self.consensus_buffers(bank.buffers.matrix, exchange),
+                    exchange.mean(bank.counters.matrix.double(), first_client).long(),
+                ]
+            self._consensus_is_stale = False
+        bank.bind_consensus()
+
+    def consensus_distance(self) -> float:
+        """``sqrt(mean_i ||x_i - x_bar||^2)`` over all clients' parameters, x_bar their mean; a collective call."""
+        with torch.inference_mode(False), torch.no_grad():
+            rows = self.bank.rows.matrix
+            deviations = (rows - self.exchange.mean(rows)).square().sum(dim=1)
+        return float(np.sqrt(self.exchange.gather_rows(deviations.double().cpu().numpy()).mean()))
+
+    def on_validation_start(self) -> None:
+        self._start_evaluation()
+
+    def on_test_start(self) -> None:
+        self._start_evaluation()
+
+    def on_predict_start(self) -> None:
+        self._start_evaluation()
+
+    def _start_evaluation(self) -> None:
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            self.refresh_consensus()
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.evaluation.step(super().validation_step, *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.evaluation.step(super().test_step, *args, **kwargs)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        if self._bank is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            bound = self.bank.bound
+            self.refresh_consensus()
+            state = {name: value.detach().clone() for name, value in self.lightning_module.state_dict().items()}
+            if bound is not None:
+                self.bank.bind_client(bound)
+            return state
+        return self.lightning_module.state_dict()
+
+    def teardown(self) -> None:
+        """Leave an ordinary module with the consensus weights; the rows stay, for a later fit or evaluation."""
+        if self._bank is not None:
+            if self._consensus_is_stale and self.world_size == 1:
+                self.refresh_consensus()
+            self._bank.export()
+            self._bank.to(torch.device("cpu"))
+        super().teardown()
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Hyperparameters only: the clients' states are saved with their rows."""
+        return {"state": {}, "param_groups": super().optimizer_state(optimizer)["param_groups"]}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """The ordinary file holds the consensus model; the clients' states are written beside it, sharded by rank."""
+        if "optimizer_states" not in checkpoint or self._bank is None:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        directory = FederationCheckpoint.write_clients(self, checkpoint, Path(filepath))
+        self.barrier("every rank has written its clients")
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if self.is_global_zero:
+            FederationCheckpoint.remove_directories(Path(filepath), keep=directory)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        assert self.lightning_module is not None
+        self._resume = FederationCheckpoint.read(
+            checkpoint, Path(checkpoint_path), required=self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        )
+        return checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        super().load_optimizer_state_dict(checkpoint)
+        if self._resume is not None:
+            self._resume.restore_optimizers(self)
+            self._resume = None
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        super().remove_checkpoint(filepath)
+        if self.is_global_zero:
+            FederationCheckpoint.remove_directories(Path(filepath))
