@@ -2,8 +2,8 @@
 
 Shapes: N = clients.
 
-A mixing matrix W is float64 ``[N, N]``, non-negative and doubly stochastic: ``weights[i, j]`` is what client *i* gives to
-the row it receives from client *j*, and a gossip step is ``X <- W X``. How fast gossip forgets disagreement is its
+A mixing matrix W is float64 ``[N, N]``, non-negative and doubly stochastic: ``weights[i, j]`` is what client *i* gives
+to the row it receives from client *j*, and a gossip step is ``X <- W X``. How fast gossip forgets disagreement is its
 spectral gap, ``1 - ||W - 11^T/N||_2``: 1 averages everything in one step, 0 never agrees.
 
 A topology of your own is one method, ``graph``; see :class:`Ring`.
@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import networkx as nx
 import numpy as np
 
+from lightning_fed.mixing_matrix import checked_doubly_stochastic, frozen, metropolis_weights, uniform_weights
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Mixing = Literal["metropolis", "uniform"]
 TopologyName = Literal["ring", "torus", "exponential", "one-peer-exponential", "star", "complete"]
 
-SUM_TOLERANCE = 1e-8
 EXACT_CONSENSUS = 1e-12
 CONNECTED_DRAWS = 100
 
@@ -151,13 +152,12 @@ class Topology(ABC):
         if num_clients in self._connected:
             return
         if self.period(num_clients) is not None:
-            union = self._union(num_clients)
-            directed = union.is_directed()
-            parts = nx.number_strongly_connected_components(union) if directed else nx.number_connected_components(union)
+            # Under doubly stochastic weights a weakly connected graph is strongly connected: one test serves both.
+            parts = nx.number_connected_components(self._union(num_clients).to_undirected())
             if parts > 1:
                 raise ValueError(
-                    f"{type(self).__name__} with num_clients={num_clients} is not connected: it falls into {parts} parts "
-                    "that would never agree. Add edges between them, or use another topology."
+                    f"{type(self).__name__} with num_clients={num_clients} is not connected: it falls into {parts} "
+                    "parts that would never agree. Add edges between them, or use another topology."
                 )
         self._connected.add(num_clients)
 
@@ -207,8 +207,8 @@ class Torus(Topology):
         columns, remainder = divmod(num_clients, rows)
         if remainder:
             raise ValueError(
-                f"a torus with rows={rows} does not fit num_clients={num_clients}: choose a divisor of {num_clients}, or "
-                "leave rows out for the most square torus."
+                f"a torus with rows={rows} does not fit num_clients={num_clients}: choose a divisor of {num_clients}, "
+                "or leave rows out for the most square torus."
             )
         grid = nx.empty_graph(num_clients)
         for client in range(num_clients):
@@ -384,8 +384,8 @@ class GraphFile(Topology):
                 attributes = {"weight": float(fields[2])} if len(fields) > 2 else {}
             except (ValueError, IndexError):
                 raise ValueError(
-                    f"line {number} of {self.path} is {line.strip()!r}, but must be `u v` or `u v weight` with integers "
-                    "u and v."
+                    f"line {number} of {self.path} is {line.strip()!r}, but must be `u v` or `u v weight` with "
+                    "integers u and v."
                 ) from None
             if graph.edges.get((source, target), attributes) != attributes:
                 raise ValueError(f"line {number} of {self.path} repeats edge {source}-{target} with another weight.")
@@ -396,12 +396,12 @@ class GraphFile(Topology):
         if self.mixing != "file":
             return super()._weigh(graph)
         for source, target, weight in graph.edges(data="weight"):
-            if not isinstance(weight, (int, float)):
+            if not (isinstance(weight, (int, float)) and weight > 0):
                 raise ValueError(
-                    f"edge {source}-{target} of {self.path} has weight={weight!r}, but mixing='file' needs a number on "
-                    "every edge: add it, or use mixing='metropolis'."
+                    f"edge {source}-{target} of {self.path} has weight={weight!r}, but mixing='file' needs a number "
+                    "above 0 on every edge: correct it, or use mixing='metropolis'."
                 )
-        weights = nx.to_numpy_array(graph, nodelist=range(len(graph)), weight="weight").T.copy()
+        weights: np.ndarray = nx.to_numpy_array(graph, nodelist=range(len(graph)), weight="weight").T.copy()
         np.fill_diagonal(weights, 1 - weights.sum(axis=1))
         return weights
 
@@ -418,93 +418,6 @@ def circulant(num_clients: int, hops: Iterable[int], directed: bool = False) -> 
 def exponential_hops(num_clients: int) -> list[int]:
     """``2^0 .. 2^(tau-1)`` with ``tau = ceil(log2 N)``; empty for one client."""
     return [2**power for power in range((num_clients - 1).bit_length())]
-
-
-def metropolis_weights(graph: nx.Graph, name: str) -> np.ndarray:
-    """Metropolis-Hastings weights ``[N, N]`` of an undirected graph; ``name`` is for the message."""
-    if graph.is_directed():
-        raise ValueError(
-            f"{name} is directed, where mixing='metropolis' is not doubly stochastic: make it undirected, or use "
-            "mixing='uniform' if all in- and out-degrees are equal."
-        )
-    adjacency = nx.to_numpy_array(graph, nodelist=range(len(graph)), weight=None)
-    degrees = adjacency.sum(axis=1)
-    weights = adjacency / (1 + np.maximum.outer(degrees, degrees))
-    np.fill_diagonal(weights, 1 - weights.sum(axis=1))
-    return weights
-
-
-def uniform_weights(graph: nx.Graph, name: str) -> np.ndarray:
-    """``1 / (1 + degree)`` for every in-neighbour and oneself, ``[N, N]``; ``name`` is for the message."""
-    receives_from = nx.to_numpy_array(graph, nodelist=range(len(graph)), weight=None).T
-    degrees = np.concatenate([receives_from.sum(axis=0), receives_from.sum(axis=1)]).astype(int)
-    if degrees.min() != degrees.max():
-        way_out = "make them equal" if graph.is_directed() else "use mixing='metropolis'"
-        raise ValueError(
-            f"mixing='uniform' of {name} with num_clients={len(graph)} is not doubly stochastic, because its degrees "
-            f"range from {degrees.min()} to {degrees.max()}: {way_out}."
-        )
-    weights: np.ndarray = (receives_from + np.eye(len(graph))) / (1 + degrees[0])
-    return weights
-
-
-def checked_doubly_stochastic(weights: np.ndarray, name: str) -> np.ndarray:
-    """Return the weights, or refuse them with the entry, row or column that is worst.
-
-    Raises:
-        ValueError: if an entry is negative, or a row or column sum differs from 1 by more than 1e-8.
-    """
-    if not weights.min() >= -SUM_TOLERANCE:  # also true of nan
-        row, column = np.unravel_index(weights.argmin(), weights.shape)
-        raise ValueError(
-            f"the mixing matrix of {name} has the entry W[{row}, {column}] = {weights[row, column]:.6g}, but no weight may "
-            "be negative: lower the weights of that client's edges."
-        )
-    for axis, line in ((1, "row"), (0, "column")):
-        sums = weights.sum(axis=axis)
-        worst = int(np.abs(sums - 1).argmax())
-        if abs(sums[worst] - 1) > SUM_TOLERANCE:
-            raise ValueError(
-                f"the mixing matrix of {name} is not doubly stochastic: {line} {worst} sums to {sums[worst]:.6g}, not 1. "
-                "Correct the weights, or use mixing='metropolis' on an undirected graph."
-            )
-    return np.maximum(weights, 0)
-
-
-def frozen(weights: np.ndarray) -> np.ndarray:
-    """The same array, read-only: matrices are shared between rounds."""
-    weights.setflags(write=False)
-    return weights
-
-
-def restrict(weights: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """The mixing matrix of a round in which some clients are absent: they neither send nor receive.
-
-    The weight that a client gives to an absent neighbour goes to itself; an absent client keeps its row.
-
-    Args:
-        weights: symmetric and doubly stochastic, ``[N, N]``.
-        present: bool ``[N]``.
-
-    Returns:
-        Read-only, symmetric and doubly stochastic ``[N, N]``; ``weights`` itself if everybody is present.
-
-    Raises:
-        ValueError: if the weights are not symmetric, where the result would not be doubly stochastic.
-    """
-    if present.shape != weights.shape[:1]:
-        raise ValueError(f"present has shape {present.shape}, but there are {len(weights)} clients.")
-    if present.all():
-        return weights
-    if not np.allclose(weights, weights.T, rtol=0, atol=SUM_TOLERANCE):
-        raise ValueError(
-            "the weights of a directed topology are not doubly stochastic when clients are absent: use full participation "
-            "(participation=None) or an undirected topology (ring, torus, star, complete, ...)."
-        )
-    restricted = np.where(np.logical_and.outer(present, present), weights, 0.0)
-    np.fill_diagonal(restricted, 0.0)
-    np.fill_diagonal(restricted, np.maximum(1 - restricted.sum(axis=1), 0))
-    return frozen(restricted)
 
 
 def by_name(name: str) -> Topology:

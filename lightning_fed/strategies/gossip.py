@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_fed.federation.exchange import Exchange
 from lightning_fed.federation.participation import FullParticipation
 from lightning_fed.federation.strategy import FederatedStrategy
-from lightning_fed.topology import Topology, TopologyName, by_name, restrict
+from lightning_fed.mixing_matrix import restrict
+from lightning_fed.topology import Topology, TopologyName, by_name
 
 
 class GossipStrategy(FederatedStrategy):
@@ -42,7 +43,9 @@ class GossipStrategy(FederatedStrategy):
 
     def setup_distributed(self) -> None:
         super().setup_distributed()
-        self.topology.weights(self.num_clients)  # refuses a bad graph before anything is loaded
+        weights = self.topology.weights(self.num_clients)  # refuses a bad graph before anything is loaded
+        if not isinstance(self.participation, FullParticipation):
+            restrict(weights, np.arange(self.num_clients) > 0)  # likewise a directed graph under partial participation
 
     def mix(self, rows: Tensor, exchange: Exchange) -> None:
         for step in range(self.round * self.gossip_steps, (self.round + 1) * self.gossip_steps):
