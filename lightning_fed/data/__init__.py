@@ -1,0 +1,8 @@
+"""Data that knows its clients."""
+
+from lightning_fed.data.client_data_module import ClientDataModule, Splits, labels_of
+from lightning_fed.data.digits import DigitsDataModule
+from lightning_fed.data.federated_dataset import FederatedDataset
+from lightning_fed.data.vision import VisionDataModule
+
+__all__ = ["ClientDataModule", "DigitsDataModule", "FederatedDataset", "Splits", "VisionDataModule", "labels_of"]
