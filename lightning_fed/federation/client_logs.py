@@ -58,6 +58,10 @@ class LogEntry:
         return self.value / self.weight if self.reduction == "mean" else self.value
 
 
+def ignore_log(*args: Any, **kwargs: Any) -> None:
+    """A ``self.log`` that logs nothing."""
+
+
 @dataclass
 class ClientLogs:
     """Catches ``self.log`` of one module in one step hook.
@@ -76,13 +80,19 @@ class ClientLogs:
     _batch: Any = None
     _suffix: str = ""
 
+    def __post_init__(self) -> None:
+        # Dynamo would trace into the bookkeeping, and compile the user's step anew whenever a sum has changed.
+        compiled = getattr(self.module, "_compiler_ctx", None) is not None
+        self._caught = torch.compiler.disable(self._log) if compiled else self._log
+        self.ignored = torch.compiler.disable(ignore_log) if compiled else ignore_log
+
     def capture(self, batch: Any, suffix: str = "") -> ClientLogs:
         """A context that catches ``self.log`` while a step runs on ``batch``; ``suffix`` is the data loader's."""
         self._batch, self._suffix = batch, suffix
         return self
 
     def __enter__(self) -> None:
-        self.module.__dict__["log"] = self._log
+        self.module.__dict__["log"] = self._caught
 
     def __exit__(self, *error: object) -> None:
         del self.module.__dict__["log"]
