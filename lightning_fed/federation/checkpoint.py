@@ -134,7 +134,7 @@ class FederationCheckpoint:
             for rows, name in ((bank.rows, "rows"), (bank.buffers, "buffers"), (bank.counters, "counters")):
                 rows.matrix[client - exchange.clients.start] = content[name][slot].to(rows.matrix)
         strategy.load_algorithm_state(self._load(strategy, "algorithm.pt"))
-        strategy._consensus_is_stale = True
+        strategy.consensus_is_stale = True
 
     def restore_optimizers(self, strategy: FederatedStrategy) -> None:
         """The clients' optimizer and loss-scaler states, once optimizers exist."""

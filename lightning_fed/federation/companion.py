@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,6 +37,8 @@ class Companion(Callback):
         # Every batch would begin with a broadcast that keeps the ranks in lock step, and that pairs with other
         # collectives as soon as one rank has more batches.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        # What steps log is reduced over ranks already; what hooks log is compared if it is monitored.
+        warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True")
         before_transfer = type(pl_module)._on_before_batch_transfer
         owners = [owner for owner in (pl_module, trainer.datamodule) if owner is not None]  # type: ignore[attr-defined]
         has_hook = any(is_overridden("on_before_batch_transfer", owner) for owner in owners)

@@ -10,6 +10,7 @@ formula and do not depend on the layout; ``wire_bytes`` counts what really left 
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -78,7 +79,9 @@ def plan_mixing(weights_NN: np.ndarray, layout: Layout, host: int, matrix: Tenso
     before = sum(count for peer, count in receive.items() if peer < host)
     local = torch.from_numpy(weights_NN[mine.start : mine.stop][:, columns]).to(matrix)
     if matrix.device.type == "cpu" and support.mean() <= SPARSE_DENSITY:  # of all of W: one kernel on every layout
-        local = local.to_sparse_csr()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            local = local.to_sparse_csr()
     sent_rows = support.sum(axis=0) - np.diag(support)
     return MixingPlan(local, send, receive, before, sent_rows.astype(np.int64))
 

@@ -134,25 +134,27 @@ class LocalStep:
         return self._result
 
     def _plain_closure(self, optimizer: Optimizer | None) -> Tensor | None:
-        trainer, assert_step = self.module.trainer, self._step
-        assert assert_step is not None
+        trainer = self.module.trainer
         with torch.enable_grad():
-            output = self.training_step(assert_step, *((self.batch_idx,) if self._takes_batch_idx else ()))
-            loss = (
-                output if isinstance(output, Tensor) else ClosureResult.from_training_step_output(output).closure_loss
-            )
+            assert self._step is not None
+            output = self.training_step(self._step, *((self.batch_idx,) if self._takes_batch_idx else ()))
+            loss: Tensor | None
+            if isinstance(output, Tensor) and trainer.accumulate_grad_batches == 1:
+                loss, extra = output, {}
+            else:
+                result = ClosureResult.from_training_step_output(output, trainer.accumulate_grad_batches)
+                loss, extra = result.closure_loss, result.extra
             if loss is not None:
                 if not self.bank.keep_gradients:
                     self.bank.clear_gradients()
-                scaled = loss if trainer.accumulate_grad_batches == 1 else loss / trainer.accumulate_grad_batches
-                self.backward(scaled.backward)
+                self.backward(loss.backward)
         if optimizer is not None:
             self.before_optimizer_step(optimizer)
             if trainer.gradient_clip_val:
                 algorithm = trainer.gradient_clip_algorithm or "norm"
                 self.module.clip_gradients(optimizer, trainer.gradient_clip_val, algorithm)
-        self._result = ClosureResult(None)
-        self._result.loss = None if loss is None else scaled.detach()
+        self._result = ClosureResult(None, extra=extra)
+        self._result.loss = None if loss is None else loss.detach()
         return self._result.loss
 
     def run_manual(self, step: Callable[..., Any], batch: JointBatch, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +186,7 @@ class LocalStep:
     def _finish(self) -> None:
         assert self.joint is not None
         self._part = None
-        self.strategy._consensus_is_stale = True
+        self.strategy.consensus_is_stale = True
         # What callbacks and hooks draw must not depend on which client this rank has trained last.
         ambient = derive_seed(Stream.ROUND, self._seed, self.joint.round, self.joint.index)
         seed_generators(ambient, self._device)
@@ -232,9 +234,9 @@ class LocalStep:
         rule.before_optimizer_step(places)
 
     def _average(self) -> None:
-        if self.strategy._replicas is not None:
+        if self.strategy.replicas is not None:
             assert self._part is not None
-            average_over_replicas(self.bank.parameters, self._part.weight, self.strategy._replicas)
+            average_over_replicas(self.bank.parameters, self._part.weight, self.strategy.replicas)
 
     @torch.enable_grad()
     def _recompute(self) -> None:

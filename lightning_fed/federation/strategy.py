@@ -1,14 +1,13 @@
 """The Strategy that turns a Trainer into a federation: rounds of local steps, then one communication.
 
 The file reads in the order of a run: construction, processes, set-up, local steps, rounds, evaluation, checkpoints. An
-algorithm overrides :meth:`FederatedStrategy.mix` (and, if it needs to, the hooks beside it in "The algorithm").
+algorithm overrides the methods of :class:`~lightning_fed.federation.algorithm.Algorithm`.
 Shapes: N = clients, C = clients on this rank, P = trainable parameters.
 """
 
 from __future__ import annotations
 
 import os
-from abc import abstractmethod
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lightning_fed.federation.algorithm import Algorithm
 from lightning_fed.federation.checkpoint import FederationCheckpoint
 from lightning_fed.federation.clients import ClientBank
 from lightning_fed.federation.companion import Companion
@@ -50,7 +50,7 @@ from lightning_fed.federation.sampler import (
 )
 
 
-class FederatedStrategy(DDPStrategy):
+class FederatedStrategy(Algorithm, DDPStrategy):
     """Trains a federation of clients inside one ``Trainer.fit``; the base of every algorithm.
 
     ``DDPStrategy`` is the base for its launchers and its place in Lightning (``torch.compile``, ``sync_dist``); the
@@ -140,45 +140,10 @@ class FederatedStrategy(DDPStrategy):
         self._local_step: LocalStep | None = None
         self._evaluation: Evaluation | None = None
         self._sampler: ClientBatchSampler | None = None
-        self._replicas: dist.ProcessGroup | None = None
+        self.replicas: dist.ProcessGroup | None = None
         self._resume: FederationCheckpoint | None = None
         self._bank_of: tuple[LightningModule, Trainer] | None = None
-        self._consensus_is_stale = False
-
-    # ------------------------------------------------------------------------------------------------ the algorithm
-
-    @abstractmethod
-    def mix(self, rows: Tensor, exchange: Exchange) -> None:
-        """The communication of a round, in place on the rows ``[C, P]`` of this rank's clients.
-
-        Called after the last local step of a round, on every rank. ``self.round`` is the round that ends,
-        ``self.cohort`` who took part.
-        """
-
-    def mix_buffers(self, buffers: Tensor, exchange: Exchange) -> None:
-        """The same for float buffers (BatchNorm statistics) ``[C, B]``; by default they are mixed like parameters."""
-        self.mix(buffers, exchange)
-
-    def start_round(self, rows: Tensor, buffers: Tensor, exchange: Exchange) -> None:
-        """What happens before the first local step of a round, for example the download of a server's model."""
-
-    def consensus(self, rows: Tensor, exchange: Exchange) -> Tensor:
-        """The model that is evaluated and exported, ``[P]``: by default the mean of all clients' rows."""
-        return exchange.mean(rows)
-
-    def consensus_buffers(self, buffers: Tensor, exchange: Exchange) -> Tensor:
-        """The float buffers of that model, ``[B]``."""
-        return exchange.mean(buffers)
-
-    def setup_algorithm(self, bank: ClientBank, exchange: Exchange) -> None:
-        """Make the algorithm's own state, when rows exist; called once a fit, before a checkpoint is restored."""
-
-    def algorithm_state(self) -> dict[str, Any]:
-        """State of the algorithm that a resumed run needs, equal on all ranks: tensors and plain values."""
-        return {}
-
-    def load_algorithm_state(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`algorithm_state`."""
+        self.consensus_is_stale = False
 
     # ------------------------------------------------------------------------------------------------------- facts
 
@@ -259,7 +224,7 @@ class FederatedStrategy(DDPStrategy):
             return
         shape, names = (layout.num_hosts, layout.ranks_per_client), ("client", "replica")
         mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
-        self._replicas = mesh.get_group("replica") if self.ranks_per_client > 1 else None
+        self.replicas = mesh.get_group("replica") if self.ranks_per_client > 1 else None
         self.exchange = CollectiveExchange(layout, layout.host_of_rank(self.global_rank), mesh.get_group("client"))
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -430,7 +395,7 @@ class FederatedStrategy(DDPStrategy):
     def refresh_consensus(self) -> None:
         """Make the module the consensus model of the rows as they are now; a collective call."""
         bank, exchange = self.bank, self.exchange
-        if self._consensus_is_stale:
+        if self.consensus_is_stale:
             with torch.inference_mode(False), torch.no_grad():
                 first_client = np.eye(1, self.num_clients)[0]
                 bank.consensus = [
@@ -438,7 +403,7 @@ class FederatedStrategy(DDPStrategy):
                     self.consensus_buffers(bank.buffers.matrix, exchange),
                     exchange.mean(bank.counters.matrix.double(), first_client).long(),
                 ]
-            self._consensus_is_stale = False
+            self.consensus_is_stale = False
         bank.bind_consensus()
 
     def consensus_distance(self) -> float:
@@ -482,7 +447,7 @@ class FederatedStrategy(DDPStrategy):
     def teardown(self) -> None:
         """Leave an ordinary module with the consensus weights; the rows stay, for a later fit or evaluation."""
         if self._bank is not None:
-            if self._consensus_is_stale and self.world_size == 1:
+            if self.consensus_is_stale and self.world_size == 1:
                 self.refresh_consensus()
             self._bank.export()
             self._bank.to(torch.device("cpu"))

@@ -1,0 +1,57 @@
+"""What an algorithm is to the engine: the methods that a strategy overrides, and nothing else.
+
+Shapes: C = clients on this rank, P = trainable parameters, B = float buffer numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_fed.federation.exchange import Exchange
+
+if TYPE_CHECKING:
+    from lightning_fed.federation.clients import ClientBank
+
+
+class Algorithm(ABC):
+    """The communication of a federated or decentralized algorithm; one round calls the methods in this order.
+
+    Only :meth:`mix` must be written. Rows and the :class:`Exchange` are all that an algorithm sees of the federation;
+    it never calls ``torch.distributed``.
+    """
+
+    def setup_algorithm(self, bank: ClientBank, exchange: Exchange) -> None:
+        """Make the algorithm's own state, when rows exist; called once a fit, before a checkpoint is restored."""
+
+    def start_round(self, rows: Tensor, buffers: Tensor, exchange: Exchange) -> None:
+        """What happens before the first local step of a round, for example the download of a server's model."""
+
+    @abstractmethod
+    def mix(self, rows: Tensor, exchange: Exchange) -> None:
+        """The communication of a round, in place on the rows ``[C, P]`` of this rank's clients.
+
+        Called after the last local step of a round, on every rank. ``self.round`` is the round that ends,
+        ``self.cohort`` who took part.
+        """
+
+    def mix_buffers(self, buffers: Tensor, exchange: Exchange) -> None:
+        """The same for float buffers (BatchNorm statistics) ``[C, B]``; by default they are mixed like parameters."""
+        self.mix(buffers, exchange)
+
+    def consensus(self, rows: Tensor, exchange: Exchange) -> Tensor:
+        """The model that is evaluated and exported, ``[P]``: by default the mean of all clients' rows."""
+        return exchange.mean(rows)
+
+    def consensus_buffers(self, buffers: Tensor, exchange: Exchange) -> Tensor:
+        """The float buffers of that model, ``[B]``."""
+        return exchange.mean(buffers)
+
+    def algorithm_state(self) -> dict[str, Any]:
+        """State of the algorithm that a resumed run needs, equal on all ranks: tensors and plain values."""
+        return {}
+
+    def load_algorithm_state(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`algorithm_state`."""

@@ -1,0 +1,63 @@
+"""The same federations on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from federations import Classifier, all_rows, clients, loaders, silent_trainer
+
+from lightning_fed import DFedSAMStrategy, FedAvgStrategy, GossipStrategy
+from lightning_fed.federation.exchange import LoopbackExchange
+from lightning_fed.federation.layout import Layout
+
+pytestmark = pytest.mark.gpu
+
+
+def fit(accelerator: str, strategy: Any, **settings: Any) -> np.ndarray:
+    pl.seed_everything(5, verbose=False)
+    trainer = silent_trainer(strategy, accelerator=accelerator, **settings)
+    trainer.fit(Classifier(dropout=0.0, momentum=0.9), *loaders(clients(6)))
+    return all_rows(strategy)
+
+
+@pytest.mark.parametrize("make", [FedAvgStrategy, GossipStrategy, DFedSAMStrategy])
+def test_a_gpu_trains_what_a_cpu_trains(make: Any) -> None:
+    np.testing.assert_allclose(fit("gpu", make(num_clients=6)), fit("cpu", make(num_clients=6)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true"])
+def test_reduced_precision(precision: Any) -> None:
+    strategy = DFedSAMStrategy(num_clients=6)
+    pl.seed_everything(5, verbose=False)
+    trainer = silent_trainer(strategy, accelerator="gpu", precision=precision, max_epochs=8)
+    trainer.fit(Classifier(), *loaders(clients(6, smallest=40)))
+    assert strategy.bank.rows.matrix.isfinite().all()
+    assert trainer.callback_metrics["val/acc"] > 0.5
+
+
+def test_mixing_keeps_full_precision_when_training_may_use_tf32() -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        exchange = LoopbackExchange(Layout(8))
+        rows = torch.randn(8, 5000, device="cuda")
+        weights = np.full((8, 8), 1 / 8)
+        expected = weights @ rows.double().cpu().numpy()
+        exchange.mix_(rows, weights)
+        np.testing.assert_allclose(rows.cpu().numpy(), expected, rtol=0, atol=1e-6)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_dropout_is_a_function_of_round_and_client() -> None:
+    def run() -> np.ndarray:
+        strategy = GossipStrategy(num_clients=6)
+        pl.seed_everything(5, verbose=False)
+        silent_trainer(strategy, accelerator="gpu").fit(Classifier(dropout=0.5), *loaders(clients(6)))
+        return all_rows(strategy)
+
+    np.testing.assert_array_equal(run(), run())
