@@ -53,6 +53,7 @@ class FederationCheckpoint:
             "parameters": bank.rows.width,
             "round": strategy.round,
             "joint_index": strategy.joint_index,
+            "seed": strategy.seed,
             "sent_bytes": strategy.exchange.sent_bytes.tolist(),
             "server_bytes": strategy.exchange.server_bytes,
             "directory": directory.name,
@@ -125,9 +126,10 @@ class FederationCheckpoint:
             )
 
     def restore(self, strategy: FederatedStrategy) -> None:
-        """Rows, buffers, counters, bytes, the algorithm's state and the position in the run."""
+        """Rows, buffers, counters, bytes, the algorithm's state, and the position in the run and its random streams."""
         bank, exchange = strategy.bank, strategy.exchange
         strategy.round, strategy.joint_index = self.header["round"], self.header["joint_index"]
+        strategy.seed = self.header["seed"]
         exchange.sent_bytes[:] = np.array(self.header["sent_bytes"], dtype=np.int64)
         exchange.server_bytes = self.header["server_bytes"]
         for client, slot, content in self._clients(strategy):

@@ -65,6 +65,15 @@ class Companion(Callback):
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        in_rows = {id(parameter) for parameter in self.strategy.bank.parameters}
+        thawed = [
+            name for name, value in pl_module.named_parameters() if value.requires_grad and id(value) not in in_rows
+        ]
+        if thawed:
+            raise ValueError(
+                f"the parameters {thawed[:5]} became trainable during the fit, but rows hold those that were trainable "
+                "at its start, so clients would share them unknowingly: set requires_grad before the fit."
+            )
         work = self.strategy.sampler.work
         if trainer.accumulate_grad_batches != work.accumulate:
             raise ValueError(

@@ -158,8 +158,12 @@ class FederatedStrategy(Algorithm, DDPStrategy):
 
     @property
     def seed(self) -> int:
-        """The seed of all streams of the federation."""
+        """The seed of all streams of the federation; a resumed run goes on with that of the run that it resumes."""
         return self._seed if self._seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self._seed = seed
 
     @property
     def cohort(self) -> np.ndarray:
@@ -412,6 +416,9 @@ class FederatedStrategy(Algorithm, DDPStrategy):
             rows = self.bank.rows.matrix
             deviations = (rows - self.exchange.mean(rows)).square().sum(dim=1)
         return float(np.sqrt(self.exchange.gather_rows(deviations.double().cpu().numpy()).mean()))
+
+    def on_train_end(self) -> None:
+        self.refresh_consensus()  # a fit may end in the middle of a round
 
     def on_validation_start(self) -> None:
         self._start_evaluation()

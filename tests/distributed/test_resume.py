@@ -34,9 +34,8 @@ def strategy_of(name: str) -> FederatedStrategy:
 
 
 def fit(name: str, world_size: int, directory: str, resume: str | None, max_epochs: int = ROUNDS) -> dict[str, Any]:
-    pl.seed_everything(11 if resume is None else 12345, verbose=False)
+    pl.seed_everything(11 if resume is None else 12345, verbose=False)  # the checkpoint knows better
     strategy = strategy_of(name)
-    strategy._seed = 11
     keep_all = ModelCheckpoint(directory, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     trainer = silent_trainer(
         strategy, world_size, max_epochs=max_epochs, enable_checkpointing=True, callbacks=[keep_all]

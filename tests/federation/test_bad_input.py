@@ -185,6 +185,18 @@ def test_accumulation_that_changes_during_the_fit() -> None:
         trainer.fit(Classifier(), *loaders(clients(4)))
 
 
+class Thaw(pl.Callback):
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.requires_grad_(True)
+
+
+def test_parameters_that_become_trainable_during_the_fit() -> None:
+    module = Classifier()
+    module.net[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"\['net.0.weight', 'net.0.bias'\] became trainable during the fit"):
+        silent_trainer(GossipStrategy(num_clients=4), callbacks=[Thaw()]).fit(module, *loaders(clients(4)))
+
+
 def test_evaluating_clients_that_do_not_exist() -> None:
     trainer = silent_trainer(GossipStrategy(num_clients=4, evaluate="clients"))
     with pytest.raises(ValueError, match="evaluate='clients' needs the clients' own models"):

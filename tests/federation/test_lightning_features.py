@@ -238,6 +238,14 @@ def test_the_exported_module_is_the_consensus_model_in_storage_of_its_own() -> N
     assert all((parameter != 0).any() for parameter in module.parameters())
 
 
+def test_a_fit_that_ends_within_a_round_exports_the_mean_of_the_rows_as_they_are() -> None:
+    strategy, module = GossipStrategy(num_clients=4), Classifier(norm=False)
+    fit(strategy, module, max_steps=5, max_epochs=-1)  # a round has four joint steps
+    assert (strategy.round, strategy.joint_index) == (1, 1)
+    exported = torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
+    torch.testing.assert_close(exported, strategy.bank.rows.matrix.mean(dim=0))
+
+
 def test_predict_test_and_validate_use_the_consensus_model() -> None:
     strategy, module = FedAvgStrategy(num_clients=4, cohort_size=2), Classifier()
     train, val = loaders(clients(4))
