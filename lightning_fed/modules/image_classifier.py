@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_fed.modules.small_networks import MLP, SmallConvNet
+from lightning_fed.modules.networks import MLP, SmallConvNet, resnet18_cifar
 
 Batch = tuple[Tensor, Tensor]
 
@@ -25,7 +25,8 @@ class ImageClassifier(LightningModule):
     are mean cross-entropies in nats (label smoothing in training only), accuracies lie in [0, 1].
 
     Args:
-        model: ``"small_convnet"``, ``"mlp"``, the name of any timm model, or a network that maps images to logits.
+        model: ``"small_convnet"``, ``"mlp"``, ``"resnet18_cifar"``, the name of any timm model, or a network that maps
+            images to logits.
             A network given as an object is not stored in the checkpoint's hyperparameters, so it must be given again:
             ``ImageClassifier.load_from_checkpoint(path, model=network)``.
         num_classes: number of classes.
@@ -138,7 +139,7 @@ def create_network(
     """A freshly initialized network that maps images ``[B, in_channels, H, W]`` to logits ``[B, num_classes]``.
 
     Args:
-        name: ``"small_convnet"``, ``"mlp"`` or the name of a timm model.
+        name: ``"small_convnet"``, ``"mlp"``, ``"resnet18_cifar"`` or the name of a timm model.
         num_classes: size of the output.
         in_channels: channels of the images.
         image_size: side of the square images in pixels; None is the network's own default.
@@ -148,17 +149,17 @@ def create_network(
         ValueError: if no network has that name, or a setting does not apply to it.
     """
     any_size = f"image_size={image_size}: {name!r} takes images of any size. Leave image_size out."
-    if name in ("small_convnet", "mlp"):
+    if name in ("small_convnet", "mlp", "resnet18_cifar"):
         if pretrained:
             raise ValueError(f"pretrained=True: {name!r} has no pretrained weights. Drop it, or name a timm model.")
         if name == "mlp":
             return MLP(num_classes, in_channels) if image_size is None else MLP(num_classes, in_channels, image_size)
         if image_size is not None:
             raise ValueError(any_size)
-        return SmallConvNet(num_classes, in_channels)
+        return (SmallConvNet if name == "small_convnet" else resnet18_cifar)(num_classes, in_channels)
     if not timm.is_model(name):
         raise ValueError(
-            f"model={name!r} is no known network: use 'small_convnet', 'mlp', or a name from timm.list_models()."
+            f"model={name!r} is no known network: use 'small_convnet', 'mlp', 'resnet18_cifar', or a name from timm.list_models()."
         )
     size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:

@@ -46,12 +46,13 @@ def test_small_networks_have_the_documented_size(network, size):
     ("settings", "shape"),
     [
         ({"model": "small_convnet", "in_channels": 3}, (3, 32, 32)),
+        ({"model": "resnet18_cifar", "in_channels": 3}, (3, 32, 32)),
         ({"model": "mlp", "image_size": 12}, (1, 12, 12)),
         ({"model": "resnet18", "in_channels": 3}, (3, 32, 32)),
         ({"model": "vit_tiny_patch16_224", "image_size": 32}, (1, 32, 32)),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(12, 7))}, (3, 2, 2)),
     ],
-    ids=["small_convnet", "mlp", "timm", "timm with image_size", "object"],
+    ids=["small_convnet", "resnet18_cifar", "mlp", "timm", "timm with image_size", "object"],
 )
 def test_networks_map_images_to_logits(settings, shape):
     assert ImageClassifier(num_classes=7, **settings)(torch.rand(2, *shape)).shape == (2, 7)
