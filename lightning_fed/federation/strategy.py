@@ -200,11 +200,6 @@ class FederatedStrategy(Algorithm, DDPStrategy):
         return True
 
     @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """One replica: Lightning must not re-partition the clients' data; see :meth:`process_dataloader`."""
-        return {"num_replicas": 1, "rank": 0}
-
-    @property
     def handles_gradient_accumulation(self) -> bool:
         """True: clients accumulate one by one, so every joint step has to come by :meth:`optimizer_step`."""
         return True
@@ -213,6 +208,9 @@ class FederatedStrategy(Algorithm, DDPStrategy):
 
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
+        # Lightning would put in a sampler that splits every client's data over the ranks, and shuffles training data
+        # whatever the loader says; see `process_dataloader`.
+        model.trainer._accelerator_connector.use_distributed_sampler = False
         Companion.accompany(model.trainer, self)
 
     def setup_distributed(self) -> None:

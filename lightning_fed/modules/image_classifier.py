@@ -159,7 +159,8 @@ def create_network(
         return (SmallConvNet if name == "small_convnet" else resnet18_cifar)(num_classes, in_channels)
     if not timm.is_model(name):
         raise ValueError(
-            f"model={name!r} is no known network: use 'small_convnet', 'mlp', 'resnet18_cifar', or a name from timm.list_models()."
+            f"model={name!r} is no known network: use 'small_convnet', 'mlp', 'resnet18_cifar', or a name from "
+            "timm.list_models()."
         )
     size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:

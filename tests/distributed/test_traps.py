@@ -154,6 +154,17 @@ def test_clients_keep_their_samples_and_rounds_of_unequal_length_are_whole() -> 
             assert sorted(given) == shards[client].tolist()
 
 
+def test_an_order_of_the_users_is_kept() -> None:
+    """The sampler that Lightning injects for training always shuffles."""
+    seen = Seen()
+    ordered = DataLoader(numbered(4).dataset, 4, shuffle=False)
+    silent_trainer(GossipStrategy(num_clients=4), callbacks=[seen], use_distributed_sampler=True).fit(
+        Numbers(), ordered
+    )
+    for round_ in seen.rounds:
+        assert list(round_.values()) == [indices.tolist() for indices in clients(4).client_indices]
+
+
 def test_a_resumed_run_does_not_replay_the_first_epochs_plan(tmp_path: Path) -> None:
     """Lightning asks for the loader's iterator before it tells the sampler the epoch."""
     whole = seen_samples()
