@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,12 +71,9 @@ def results(trainer: Trainer) -> Iterator[tuple[str, str]]:
     folders = list(dict.fromkeys(str(folder) for folder in folders)) or [trainer.default_root_dir]
     for folder in folders:
         yield "logs", folder
-    pictures: dict[Path, int] = {}
-    for folder in folders:
-        for file in sorted(Path(folder).rglob("*")):
-            if file.suffix in PICTURE_SUFFIXES:
-                pictures[file.parent] = pictures.get(file.parent, 0) + 1
-    for parent, count in pictures.items():
+    # A set: one logger's folder may lie within another's.
+    files = {file for folder in folders for file in Path(folder).rglob("*") if file.suffix in PICTURE_SUFFIXES}
+    for parent, count in sorted(Counter(file.parent for file in files).items()):
         yield "pictures", f"{parent} ({count})"
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):

@@ -38,7 +38,10 @@ class Algorithm(ABC):
         """
 
     def mix_buffers(self, buffers: Tensor, exchange: Exchange) -> None:
-        """The same for float buffers (BatchNorm statistics) ``[C, B]``; by default they are mixed like parameters."""
+        """The same for float buffers (BatchNorm statistics) ``[C, B]``; by default they are mixed like parameters.
+
+        Override it if :meth:`mix` does more than average, for example if it keeps a momentum.
+        """
         self.mix(buffers, exchange)
 
     def consensus(self, rows: Tensor, exchange: Exchange) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_fed.federation.rounds import finish_round, start_round
@@ -103,6 +104,13 @@ class Companion(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.strategy.local_step.logs.publish_epoch(self.strategy.gather_objects)
+        if self.strategy.joint_index:
+            rank_zero_warn(
+                f"epoch {trainer.current_epoch} ended within round {self.strategy.round} (after "
+                f"{self.strategy.joint_index} joint steps), which goes on in the next epoch: limit_train_batches, "
+                "max_steps and fast_dev_run count joint steps, and clients communicate at the end of a round only. Use "
+                "local_steps for shorter rounds."
+            )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.strategy.evaluation.publish()
@@ -117,7 +125,8 @@ class Companion(Callback):
     def _check_monitors(self, trainer: Trainer) -> None:
         """Refuse a monitored metric that ranks disagree on: they would save and stop at different times.
 
-        Runs in the sanity check already, so before the first training step.
+        Runs after each validation, that of the sanity check included, which comes before the first training step
+        (unless ``num_sanity_val_steps=0``).
 
         Raises:
             ValueError: naming the metric and each rank's value.

@@ -39,7 +39,8 @@ class MixingPlan:
 
     Attributes:
         weights: float ``[C, H_before + C + H_after]``, dense or sparse. Columns are in the order of client numbers on
-            every layout, so that a row's sum adds up in the same order and rounds the same way.
+            every layout. The sparse kernel (topologies of low degree, on CPU) adds up in that order, so there the
+            result is the same to the bit on any number of ranks; a dense product chooses its own order.
         send: for each peer host, the local row numbers that it needs.
         receive: for each peer host, in order, how many rows come from it (in client order).
         before: how many of the received rows come from lower hosts.

@@ -17,7 +17,7 @@ class DFedSAMStrategy(GossipStrategy):
 
     Args:
         topology: who talks to whom, or the short name of a topology that needs no arguments.
-        rho: radius of SAM's ball. The paper's tables could not be read; 0.05 is SAM's own default.
+        rho: radius of SAM's ball. 0.05 is the default of the SAM paper (Foret et al. 2021); tune it.
         gossip_steps: Q. More of them cost Q times the bytes.
         **federation: see :class:`~lightning_fed.federation.strategy.FederatedStrategy`.
 

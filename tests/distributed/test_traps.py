@@ -171,6 +171,7 @@ def test_a_resumed_run_does_not_replay_the_first_epochs_plan(tmp_path: Path) -> 
     trainer = silent_trainer(FedAvgStrategy(num_clients=4, cohort_size=2, seed=5), max_epochs=1)
     trainer.fit(Numbers(), numbered(4))
     trainer.save_checkpoint(tmp_path / "one.ckpt")
+    assert whole[0] != whole[1] != whole[2]
     assert seen_samples(str(tmp_path / "one.ckpt")) == whole[1:]
 
 
