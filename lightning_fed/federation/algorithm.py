@@ -56,5 +56,12 @@ class Algorithm(ABC):
         """State of the algorithm that a resumed run needs, equal on all ranks: tensors and plain values."""
         return {}
 
+    def client_matrices(self) -> dict[str, Tensor]:
+        """State that each client has of its own (control variates, error feedback), one row a client ``[C, ...]``.
+
+        A checkpoint saves the rows by client, and restores them in place, on whichever rank hosts the client.
+        """
+        return {}
+
     def load_algorithm_state(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`algorithm_state`."""

@@ -65,6 +65,7 @@ class FederationCheckpoint:
                 "rows": bank.rows.matrix.detach().clone(),
                 "buffers": bank.buffers.matrix.detach().clone(),
                 "counters": bank.counters.matrix.detach().clone(),
+                "algorithm": {name: matrix.detach().clone() for name, matrix in strategy.client_matrices().items()},
                 "clients": {client: bank.state_of(client) for client in clients},
             }
             strategy.checkpoint_io.save_checkpoint(content, directory / block_name(clients.start, clients.stop))
@@ -134,7 +135,9 @@ class FederationCheckpoint:
         exchange.server_bytes = self.header["server_bytes"]
         for client, slot, content in self._clients(strategy):
             for rows, name in ((bank.rows, "rows"), (bank.buffers, "buffers"), (bank.counters, "counters")):
-                rows.matrix[client - exchange.clients.start] = content[name][slot].to(rows.matrix)
+                rows.matrix[bank.slot(client)] = content[name][slot].to(rows.matrix)
+            for name, matrix in strategy.client_matrices().items():
+                matrix[bank.slot(client)] = content["algorithm"][name][slot].to(matrix)
         strategy.load_algorithm_state(self._load(strategy, "algorithm.pt"))
         strategy.consensus_is_stale = True
 

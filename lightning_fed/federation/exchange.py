@@ -29,7 +29,10 @@ from lightning_fed.federation.layout import Layout
 # rows of other ranks need while they are here.
 COLUMNS_PER_BLOCK = 4096
 REMOTE_BLOCK_BYTES = 64 * 2**20
+# The sparse kernel is faster below this density, and gives the same bits whichever rows a rank asks for; for few
+# clients that is worth its price at any density.
 SPARSE_DENSITY = 0.3
+SPARSE_CLIENTS = 32
 CACHED_MATRICES = 32
 
 
@@ -39,8 +42,8 @@ class MixingPlan:
 
     Attributes:
         weights: float ``[C, H_before + C + H_after]``, dense or sparse. Columns are in the order of client numbers on
-            every layout. The sparse kernel (topologies of low degree, on CPU) adds up in that order, so there the
-            result is the same to the bit on any number of ranks; a dense product chooses its own order.
+            every layout. The sparse kernel (on CPU: up to 32 clients, or few neighbours) adds up in that order, so
+            there the result is the same to the bit on any number of ranks; a dense product chooses its own order.
         send: for each peer host, the local row numbers that it needs.
         receive: for each peer host, in order, how many rows come from it (in client order).
         before: how many of the received rows come from lower hosts.
@@ -79,7 +82,8 @@ def plan_mixing(weights_NN: np.ndarray, layout: Layout, host: int, matrix: Tenso
             send[peer] = torch.tensor(given, device=matrix.device)
     before = sum(count for peer, count in receive.items() if peer < host)
     local = torch.from_numpy(weights_NN[mine.start : mine.stop][:, columns]).to(matrix)
-    if matrix.device.type == "cpu" and support.mean() <= SPARSE_DENSITY:  # of all of W: one kernel on every layout
+    # Decided by all of W, not by this rank's part of it: one kernel on every layout.
+    if matrix.device.type == "cpu" and (len(support) <= SPARSE_CLIENTS or support.mean() <= SPARSE_DENSITY):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             local = local.to_sparse_csr()

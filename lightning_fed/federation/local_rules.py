@@ -19,12 +19,14 @@ class LocalGradient:
     """The gradient of one client's minibatch, just computed.
 
     Attributes:
+        client: whose it is.
         row: the client's parameters ``[P]``; the module's parameters are views into it.
         parameters: the trainable parameters, whose ``.grad`` holds this minibatch's gradient (and no other's).
         recompute: evaluate the same minibatch again at the present ``row`` and put its gradient into ``.grad``. Logs,
             metrics and buffers stay as they are, and the same dropout masks are drawn.
     """
 
+    client: int
     row: Tensor
     parameters: Sequence[nn.Parameter]
     recompute: Callable[[], None]
@@ -36,10 +38,11 @@ class LocalRule(ABC):
     def after_backward(self, gradient: LocalGradient) -> None:
         """Replace a minibatch's gradient; called once a minibatch, before accumulation. Automatic optimization only."""
 
-    def before_optimizer_step(self, parameters: Sequence[tuple[nn.Parameter, slice]]) -> None:
+    def before_optimizer_step(self, client: int, parameters: Sequence[tuple[nn.Parameter, slice]]) -> None:
         """Add to the accumulated, unscaled gradients, before clipping; called once an optimizer step.
 
         Args:
+            client: who steps.
             parameters: those that the optimizer is going to step, each with its place in the row.
         """
 
@@ -98,7 +101,7 @@ class Proximal(LocalRule):
         self.anchor = anchor
 
     @torch.no_grad()
-    def before_optimizer_step(self, parameters: Sequence[tuple[nn.Parameter, slice]]) -> None:
+    def before_optimizer_step(self, client: int, parameters: Sequence[tuple[nn.Parameter, slice]]) -> None:
         anchor = self.anchor()
         for y, place in parameters:
             if y.grad is not None:

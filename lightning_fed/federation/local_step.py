@@ -212,9 +212,10 @@ class LocalStep:
         self.bank.clear_gradients()
         loss = backward()
         self._average()
-        assert self.bank.bound is not None
-        row = self.bank.rows.matrix[self.bank.slot(self.bank.bound)]
-        rule.after_backward(LocalGradient(row, parameters, self._recompute))
+        client = self.bank.bound
+        assert client is not None
+        row = self.bank.rows.matrix[self.bank.slot(client)]
+        rule.after_backward(LocalGradient(client, row, parameters, self._recompute))
         for parameter, earlier in zip(parameters, accumulated):
             if earlier is not None:
                 parameter.grad = earlier if parameter.grad is None else parameter.grad + earlier
@@ -222,16 +223,17 @@ class LocalStep:
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Let the local rule add to the gradients that the optimizer is going to use."""
-        rule = self.strategy.local_rule
+        rule, client = self.strategy.local_rule, self.bank.bound
         if rule is None:
             return
+        assert client is not None
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         places, start = [], 0
         for parameter in self.bank.parameters:
             if id(parameter) in stepped:
                 places.append((parameter, slice(start, start + parameter.numel())))
             start += parameter.numel()
-        rule.before_optimizer_step(places)
+        rule.before_optimizer_step(client, places)
 
     def _average(self) -> None:
         if self.strategy.replicas is not None:

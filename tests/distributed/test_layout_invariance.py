@@ -39,6 +39,13 @@ def federation(name: str, world_size: int, **trainer: Any) -> dict[str, Any]:
     return outcome(strategy, trainer_)
 
 
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if not name.startswith("fedavg")])
+def test_gossip_is_the_same_to_the_bit(name: str) -> None:
+    alone = federation(name, 1)
+    for result in run_ranks(3, federation, name, 3):
+        np.testing.assert_array_equal(result["rows"], alone["rows"])
+
+
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     np.testing.assert_allclose(one["rows"], other["rows"], rtol=0, atol=1e-6)
     np.testing.assert_array_equal(one["bytes"], other["bytes"])

@@ -19,6 +19,22 @@ from lightning_fed.federation.strategy import FederatedStrategy
 ROUNDS = 4
 
 
+class Remembering(GossipStrategy):
+    """An algorithm with state of its own for each client: the sum of its rows so far."""
+
+    def setup_algorithm(self, bank: Any, exchange: Any) -> None:
+        self.memory = torch.zeros_like(bank.rows.matrix)
+
+    def mix(self, rows: torch.Tensor, exchange: Any) -> None:
+        if rows.shape == self.memory.shape:
+            rows += 0.01 * self.memory
+            self.memory += rows
+        super().mix(rows, exchange)
+
+    def client_matrices(self) -> dict[str, torch.Tensor]:
+        return {"memory": self.memory}
+
+
 def server_adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=0.05)
 
@@ -26,6 +42,8 @@ def server_adam(parameters: Any) -> torch.optim.Optimizer:
 def strategy_of(name: str) -> FederatedStrategy:
     if name == "fedadam":
         return FedAvgStrategy(num_clients=6, cohort_size=3, server_optimizer=server_adam)
+    if name == "remembering":
+        return Remembering(num_clients=6)
     if name == "dfedsam":
         return DFedSAMStrategy(num_clients=6)
     if name == "dpsgd":
@@ -60,7 +78,7 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["gossip", "dpsgd", "dfedsam", "fedadam"])
+@pytest.mark.parametrize("name", ["gossip", "dpsgd", "dfedsam", "fedadam", "remembering"])
 def test_resuming_after_any_round_is_exact(name: str, tmp_path: Path) -> None:
     whole = fit(name, 1, str(tmp_path / "whole"), None)
     for epoch in range(ROUNDS - 1):
@@ -76,12 +94,14 @@ def test_two_ranks_resume_exactly(name: str, tmp_path: Path) -> None:
         assert_equal(one, other)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 1)])
-def test_resuming_on_another_number_of_ranks(before: int, after: int, tmp_path: Path) -> None:
-    whole = fit("gossip", 1, str(tmp_path / "whole"), None)
-    run_ranks(before, fit, "gossip", before, str(tmp_path / "first"), None, 2)
+@pytest.mark.parametrize(
+    ("name", "before", "after"), [("gossip", 1, 3), ("gossip", 3, 2), ("gossip", 2, 1), ("remembering", 2, 3)]
+)
+def test_resuming_on_another_number_of_ranks(name: str, before: int, after: int, tmp_path: Path) -> None:
+    whole = fit(name, 1, str(tmp_path / "whole"), None)
+    run_ranks(before, fit, name, before, str(tmp_path / "first"), None, 2)
     checkpoint = str(tmp_path / "first/epoch=1.ckpt")
-    for resumed in run_ranks(after, fit, "gossip", after, str(tmp_path / "second"), checkpoint):
+    for resumed in run_ranks(after, fit, name, after, str(tmp_path / "second"), checkpoint):
         np.testing.assert_allclose(resumed["rows"], whole["rows"], rtol=0, atol=1e-6)
         assert (resumed["bytes"], resumed["round"]) == (whole["bytes"], whole["round"])
 
