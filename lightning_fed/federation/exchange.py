@@ -83,7 +83,8 @@ def plan_mixing(weights_NN: np.ndarray, layout: Layout, host: int, matrix: Tenso
     before = sum(count for peer, count in receive.items() if peer < host)
     local = torch.from_numpy(weights_NN[mine.start : mine.stop][:, columns]).to(matrix)
     # Decided by all of W, not by this rank's part of it: one kernel on every layout.
-    if matrix.device.type == "cpu" and (len(support) <= SPARSE_CLIENTS or support.mean() <= SPARSE_DENSITY):
+    sparse = len(support) <= SPARSE_CLIENTS or support.mean() <= SPARSE_DENSITY
+    if sparse and matrix.device.type == "cpu" and matrix.dtype in (torch.float32, torch.float64):  # no other kernels
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             local = local.to_sparse_csr()

@@ -231,13 +231,12 @@ def quiet_trainer(epochs: int = ROUNDS, precision: Any = "64-true", **settings: 
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        use_distributed_sampler=False,
         **settings,
     )
 
 
 def run(strategy: FederatedStrategy, momentum: float = 0.0, epochs: int = ROUNDS) -> tuple[np.ndarray, np.ndarray]:
-    """Train; returns all clients' rows after each epoch ``[epochs, N, P]``, and the model that the user is left with."""
+    """Train; returns all clients' rows after each epoch ``[epochs, N, P]``, and the user's module at the end."""
     module, record = TwoLayers(momentum), RecordRows()
     quiet_trainer(epochs, strategy=strategy, callbacks=[record]).fit(module, loader_of(SHARDS))
     np.testing.assert_array_equal(strategy.bank.rows.matrix.numpy(), record.rows[-1])  # the rows stay after a fit
