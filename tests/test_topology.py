@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import networkx as nx
@@ -320,7 +321,7 @@ def test_restrict_refuses_directed_weights_and_wrong_shapes():
 
 @pytest.mark.parametrize("topology", [Ring(), OnePeerExponential(), NeverRepeating()])
 def test_plot_needs_no_global_figure(topology):
-    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot = importlib.import_module("matplotlib.pyplot")
     figures = pyplot.get_fignums()
     axes = topology.plot(4)
     assert f"{type(topology).__name__}, 4 clients, spectral gap" in axes.get_title()

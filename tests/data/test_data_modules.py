@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import pickle
 import shutil
 import struct
@@ -258,8 +259,8 @@ def write_cifar(root: Path, folder: str, train: list[str], test: list[str], meta
 @pytest.fixture
 def vision_root(tmp_path, monkeypatch):
     """Files of all six data sets; checksums, which only the real ones have, are not looked at."""
-    datasets = pytest.importorskip("torchvision.datasets")
-    scipy_io = pytest.importorskip("scipy.io")
+    datasets = importlib.import_module("torchvision.datasets")
+    scipy_io = importlib.import_module("scipy.io")
     write_mnist(tmp_path, "MNIST")
     write_mnist(tmp_path, "FashionMNIST")
     write_mnist(tmp_path, "EMNIST", "emnist-balanced-train", "emnist-balanced-test", num_classes=47)
@@ -315,7 +316,7 @@ def test_cifar_training_images_are_augmented_and_held_out_ones_are_not(vision_ro
 
 
 def test_pixels_are_normalised_and_in_their_places(vision_root):
-    datasets = pytest.importorskip("torchvision.datasets")
+    datasets = importlib.import_module("torchvision.datasets")
     for name, published in (
         ("cifar10", datasets.CIFAR10(vision_root, train=False)),
         ("svhn", datasets.SVHN(vision_root, split="test")),
@@ -341,7 +342,6 @@ def test_validation_part_is_seeded_and_may_be_empty(vision_root):
 
 @pytest.mark.parametrize("name", ["cifar10", "svhn", "mnist", "emnist"])
 def test_absent_files(tmp_path, name):
-    pytest.importorskip("torchvision")
     data = VisionDataModule(name, tmp_path / "nowhere")
     data.prepare_data()
     with pytest.raises(ValueError, match=f"{name} is not complete in root='.*nowhere'. Set download=True"):
@@ -349,7 +349,7 @@ def test_absent_files(tmp_path, name):
 
 
 def test_download_without_network(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("torchvision.datasets")
+    datasets = importlib.import_module("torchvision.datasets")
 
     def no_network(self):
         raise OSError("no route to host")
@@ -361,7 +361,7 @@ def test_download_without_network(tmp_path, monkeypatch):
 
 def test_download_fetches_into_root(vision_root, tmp_path, monkeypatch):
     """A download is simulated by copying files; afterwards the data are used from root."""
-    datasets = pytest.importorskip("torchvision.datasets")
+    datasets = importlib.import_module("torchvision.datasets")
     root = tmp_path / "elsewhere"
 
     def copy(self):
