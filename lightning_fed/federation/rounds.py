@@ -56,12 +56,12 @@ def settle_nonfinite(strategy: FederatedStrategy) -> None:
     clients = np.flatnonzero(bad)
     if not len(clients):
         return
-    rest = np.setdiff1d(np.arange(strategy.num_clients), clients)
+    rest = np.setdiff1d(strategy.cohort, clients)
     if strategy.on_nonfinite == "raise" or not len(rest):
         raise RuntimeError(
             f"the models of clients {clients.tolist()} are not finite at the end of round {strategy.round}: lower the "
             "learning rate or clip gradients, or set on_nonfinite='drop' to go on without them (they restart from the "
-            "mean of the others)."
+            "mean of the rest of the cohort)."
         )
     rank_zero_warn(f"round {strategy.round}: clients {clients.tolist()} are not finite and restart from the others.")
     strategy.dropped = clients

@@ -9,23 +9,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.strategy import _ForwardRedirection
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -34,11 +28,10 @@ from lightning_fed.federation.checkpoint import FederationCheckpoint
 from lightning_fed.federation.clients import ClientBank
 from lightning_fed.federation.companion import Companion
 from lightning_fed.federation.evaluation import Evaluation, shard_for_evaluation
-from lightning_fed.federation.exchange import CollectiveExchange, Exchange, LoopbackExchange
-from lightning_fed.federation.layout import Layout
 from lightning_fed.federation.local_rules import LocalRule
 from lightning_fed.federation.local_step import LocalStep
 from lightning_fed.federation.participation import FullParticipation, Participation
+from lightning_fed.federation.processes import FederationProcesses
 from lightning_fed.federation.sampler import (
     ClientBatchSampler,
     JointBatch,
@@ -50,11 +43,8 @@ from lightning_fed.federation.sampler import (
 )
 
 
-class FederatedStrategy(Algorithm, DDPStrategy):
+class FederatedStrategy(Algorithm, FederationProcesses):
     """Trains a federation of clients inside one ``Trainer.fit``; the base of every algorithm.
-
-    ``DDPStrategy`` is the base for its launchers and its place in Lightning (``torch.compile``, ``sync_dist``); the
-    module is never wrapped, and gradients never leave a client.
 
     Args:
         num_clients: clients of the federation, N; by default one a host (a rank, or ``ranks_per_client`` ranks).
@@ -69,7 +59,7 @@ class FederatedStrategy(Algorithm, DDPStrategy):
             own models (logged as mean, minimum and maximum), or ``"both"``.
         ranks_per_client: ranks that train one client together; gradients are averaged inside the client.
         on_nonfinite: ``"raise"`` if a client's row is not finite when it should be mixed, or ``"drop"`` the client from
-            the round and restart it from the mean of the others.
+            the round and restart it from the mean of the rest of the cohort.
         seed: of cohorts, shuffling, dropout and augmentation; by default that of ``seed_everything``, else 0.
         process_group_backend: of ``torch.distributed``; by default NCCL on GPUs and gloo on CPUs.
         timeout: seconds that a rank waits for another one.
@@ -113,13 +103,7 @@ class FederatedStrategy(Algorithm, DDPStrategy):
         ):
             if choice not in choices:
                 raise ValueError(f"{name}={choice!r} is not one of {choices}.")
-        super().__init__(
-            process_group_backend=process_group_backend,
-            timeout=timedelta(seconds=timeout),
-            start_method=start_method,
-        )
-        self._forward_redirection = _ForwardRedirection()
-        self._num_clients = num_clients
+        super().__init__(num_clients, ranks_per_client, process_group_backend, timeout, start_method)
         self.participation = participation or FullParticipation()
         self.local_rule = local_rule
         self.local_epochs = local_epochs
@@ -128,33 +112,21 @@ class FederatedStrategy(Algorithm, DDPStrategy):
         self.optimizer_state_policy = optimizer_state
         self.float_buffers = float_buffers
         self.evaluate = evaluate
-        self.ranks_per_client = ranks_per_client
         self.on_nonfinite = on_nonfinite
         self._seed = seed
         self.round = 0
         self.joint_index = 0
         self.dropped: np.ndarray = np.array([], dtype=np.int64)
         self.shards: list[np.ndarray] = []
-        self.exchange: Exchange = LoopbackExchange(Layout(1))
         self._bank: ClientBank | None = None
         self._local_step: LocalStep | None = None
         self._evaluation: Evaluation | None = None
         self._sampler: ClientBatchSampler | None = None
-        self.replicas: dist.ProcessGroup | None = None
         self._resume: FederationCheckpoint | None = None
         self._bank_of: tuple[LightningModule, Trainer] | None = None
         self.consensus_is_stale = False
 
     # ------------------------------------------------------------------------------------------------------- facts
-
-    @property
-    def num_clients(self) -> int:
-        """Clients of the federation, N."""
-        return self._num_clients or self.world_size // self.ranks_per_client
-
-    @property
-    def layout(self) -> Layout:
-        return Layout(self.num_clients, self.world_size, self.ranks_per_client)
 
     @property
     def seed(self) -> int:
@@ -195,16 +167,11 @@ class FederatedStrategy(Algorithm, DDPStrategy):
         return self._evaluation
 
     @property
-    def is_distributed(self) -> bool:
-        # Lightning reads it for `sync_dist`; DDPStrategy's own property warns on every use.
-        return True
-
-    @property
     def handles_gradient_accumulation(self) -> bool:
         """True: clients accumulate one by one, so every joint step has to come by :meth:`optimizer_step`."""
         return True
 
-    # --------------------------------------------------------------------------------------------------- processes
+    # ------------------------------------------------------------------------------------------------------ set-up
 
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
@@ -214,30 +181,8 @@ class FederatedStrategy(Algorithm, DDPStrategy):
         Companion.accompany(model.trainer, self)
 
     def setup_distributed(self) -> None:
-        """Start the process group; one rank alone needs none."""
-        reset_seed()
-        self.set_world_ranks()
-        layout = self.layout
-        self.participation.validate(layout.num_clients)
-        if self.world_size == 1:
-            return
+        self.participation.validate(self.num_clients)
         super().setup_distributed()
-        if self.exchange.layout == layout and isinstance(self.exchange, CollectiveExchange):
-            return
-        shape, names = (layout.num_hosts, layout.ranks_per_client), ("client", "replica")
-        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
-        self.replicas = mesh.get_group("replica") if self.ranks_per_client > 1 else None
-        self.exchange = CollectiveExchange(layout, layout.host_of_rank(self.global_rank), mesh.get_group("client"))
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """The (small, picklable) values of all ranks, in rank order."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    # ------------------------------------------------------------------------------------------------------ set-up
 
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
@@ -265,8 +210,6 @@ class FederatedStrategy(Algorithm, DDPStrategy):
         """Make the rows, keep those of an earlier fit that this one continues, or read them from a checkpoint."""
         module = self.lightning_module
         assert module is not None
-        if self.world_size == 1 and self.exchange.layout != self.layout:
-            self.exchange = LoopbackExchange(self.layout)
         resume, self._resume = self._resume, None
         wanted = fitting or self.evaluate != "consensus"
         if resume is not None and wanted:
