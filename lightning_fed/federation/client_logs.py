@@ -157,6 +157,8 @@ class ClientLogs:
         Args:
             gather: returns the objects of all ranks, in rank order.
         """
+        for entry in self.entries.values():
+            entry.value = entry.value.cpu() if entry.value is not None else None  # not another rank's GPU's memory
         ranks, self.entries = gather(self.entries), {}
         merged: dict[str, LogEntry] = {}
         for entries in ranks:
