@@ -7,11 +7,11 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning_fed.data import FederatedDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_fed.data import FederatedDataset
 from lightning_fed.federation.strategy import FederatedStrategy
 
 FEATURES, CLASSES = 12, 4
