@@ -28,6 +28,8 @@ from lightning_fed.federation.sampler import ClientBatch, JointBatch
 if TYPE_CHECKING:
     from lightning_fed.federation.strategy import FederatedStrategy
 
+Outcome = tuple[Tensor | None, dict[str, Any]]  # a client's loss, and what else its training_step has returned
+
 
 def average_over_replicas(parameters: list[nn.Parameter], weight: float, group: dist.ProcessGroup) -> None:
     """Average the gradients inside one client, each replica weighted by its share of the minibatch's samples."""
@@ -65,6 +67,7 @@ class LocalStep:
         self._context_is_empty = precision_context_is_empty(strategy.precision_plugin)
         self._takes_batch_idx = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self._manual_steps = 1
+        self._outcome: Outcome = None, {}
         self.is_plain = not self._hooks_in_use()
         owners = [owner for owner in (module, module.trainer.datamodule) if owner is not None]  # type: ignore[attr-defined]
         hooks = ("transfer_batch_to_device", "on_after_batch_transfer")
@@ -110,28 +113,29 @@ class LocalStep:
             lightning: runs the closure, and the optimizer if told so, the way Lightning does.
         """
         assert self.joint is not None
-        results: list[ClosureResult | None] = []
+        outcomes: list[Outcome] = []
         for part in self.joint.parts:
             self._enter(part)
             if self.is_plain:
-                results.append(self._run_plain(optimizer, step, part))
+                outcomes.append(self._run_plain(optimizer, step, part))
             else:
                 lightning(part.steps_optimizer)
-                results.append(getattr(closure, "_result", None))
+                if isinstance(closure, Closure) and closure._result is not None:
+                    outcomes.append((closure._result.loss, closure._result.extra))
             if part.steps_optimizer and self.bank.keep_gradients:
                 self.bank.clear_gradients()
         self._finish()
         if isinstance(closure, Closure):
-            closure._result = mean_result(results)
+            closure._result = mean_result(outcomes)
 
-    def _run_plain(self, optimizer: Optimizer, step: Callable[..., Any], part: ClientBatch) -> ClosureResult:
+    def _run_plain(self, optimizer: Optimizer, step: Callable[..., Any], part: ClientBatch) -> Outcome:
         """What Lightning's closure and precision plugin do, without the hooks that nobody uses."""
         self._step = self.module.training_step if self._context_is_empty else step
         if part.steps_optimizer:
             optimizer.step(closure=partial(self._plain_closure, optimizer))  # type: ignore[arg-type]
         else:
             self._plain_closure(None)
-        return self._result
+        return self._outcome
 
     def _plain_closure(self, optimizer: Optimizer | None) -> Tensor | None:
         trainer = self.module.trainer
@@ -153,9 +157,8 @@ class LocalStep:
             if trainer.gradient_clip_val:
                 algorithm = trainer.gradient_clip_algorithm or "norm"
                 self.module.clip_gradients(optimizer, trainer.gradient_clip_val, algorithm)
-        self._result = ClosureResult(None, extra=extra)
-        self._result.loss = None if loss is None else loss.detach()
-        return self._result.loss
+        self._outcome = None if loss is None else loss.detach(), extra
+        return self._outcome[0]
 
     def run_manual(self, step: Callable[..., Any], batch: JointBatch, *args: Any, **kwargs: Any) -> Any:
         """Manual optimization: the user's ``training_step`` does everything, once for each client."""
@@ -294,13 +297,10 @@ def frozen(metric: Metric) -> Iterator[None]:
         metric.__dict__["update"] = update
 
 
-def mean_result(results: list[ClosureResult | None]) -> ClosureResult:
+def mean_result(outcomes: list[Outcome]) -> ClosureResult:
     """What Lightning reports as the outcome of a joint step: the last client's, with the mean loss of all."""
-    done = [result for result in results if result is not None]
-    if not done:
-        return ClosureResult(closure_loss=None)
-    losses = [result.loss for result in done if result.loss is not None]
-    last = done[-1]
-    if len(losses) > 1:
-        last.loss = torch.stack(losses).mean()
-    return last
+    result = ClosureResult(closure_loss=None)
+    losses = [loss for loss, _ in outcomes if loss is not None]
+    if losses:
+        result.loss, result.extra = torch.stack(losses).mean(), outcomes[-1][1]
+    return result

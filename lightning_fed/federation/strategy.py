@@ -118,6 +118,7 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         self.joint_index = 0
         self.dropped: np.ndarray = np.array([], dtype=np.int64)
         self.shards: list[np.ndarray] = []
+        self._cohort: tuple[tuple[int, int, int], np.ndarray] | None = None
         self._bank: ClientBank | None = None
         self._local_step: LocalStep | None = None
         self._evaluation: Evaluation | None = None
@@ -140,7 +141,10 @@ class FederatedStrategy(Algorithm, FederationProcesses):
     @property
     def cohort(self) -> np.ndarray:
         """The clients that take part in the present round, sorted, int64."""
-        return self.participation.cohort(self.round, self.num_clients, self.seed)
+        key = self.round, self.num_clients, self.seed
+        if self._cohort is None or self._cohort[0] != key:
+            self._cohort = key, self.participation.cohort(*key)
+        return self._cohort[1]
 
     @property
     def bank(self) -> ClientBank:
