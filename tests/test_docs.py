@@ -79,11 +79,11 @@ def test_the_example_of_a_new_algorithm_runs_as_written(in_tmp_path: Path) -> No
 
 
 class Decaying(Classifier):
-    """A learning rate that halves after every round."""
+    """A learning rate that changes after every round, by no constant factor, which would cancel."""
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.4)
-        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)]
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: [1, 0.5, 0.1, 0.3, 0.2][epoch])]
 
 
 class Record(Callback):
@@ -124,7 +124,7 @@ def test_the_new_algorithm_follows_its_equations_when_the_learning_rate_changes(
     record = Record(strategy)
     fit(strategy, Decaying(norm=False), Start(), max_epochs=4)
     x, u = start["x"], 0.0
-    for y_bar, model, gamma in zip(record.means, record.models, [0.4, 0.2, 0.1, 0.05]):
+    for y_bar, model, gamma in zip(record.means, record.models, [0.4, 0.2, 0.04, 0.12]):
         u = 0.6 * u + (x - y_bar) / gamma
         x = x - 0.8 * gamma * u
         np.testing.assert_allclose(model, x, rtol=0, atol=1e-5)

@@ -6,7 +6,7 @@ Shapes: C = clients on this rank, P = trainable parameters, B = float buffer num
 from __future__ import annotations
 
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -88,7 +88,9 @@ class ClientBank:
             return
         self._leave()
         slot = self.slot(client)
-        self._bind([rows.matrix.select(0, slot) for rows in self._bindable])
+        with self._outside_inference_mode():
+            for rows in self._bindable:
+                rows.bind_row(slot)
         self.bound = client
         for optimizer, state in zip(self.optimizers, self.optimizer_states(client)):
             optimizer.state = state
@@ -100,11 +102,15 @@ class ClientBank:
     def bind_consensus(self) -> None:
         """Make the module the consensus model, as last computed."""
         self._leave()
-        self._bind(self.consensus)
+        with self._outside_inference_mode():
+            for rows, vector in zip(self.matrices, self.consensus):
+                rows.bind(vector)
 
     def bind_nothing(self) -> None:
         """Put the bound client away, so that its row may be changed by others."""
         self._leave()
+        for rows in self.matrices:
+            rows.forget_views()
 
     def forget(self, client: int) -> None:
         """Drop what a client keeps beside its row: a restarted client begins with fresh optimizers."""
@@ -116,11 +122,10 @@ class ClientBank:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _bind(self, vectors: list[Tensor]) -> None:
-        # Views made in inference mode could not be trained later.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            for rows, vector in zip(self._bindable, vectors):
-                rows.bind(vector)
+    @staticmethod
+    def _outside_inference_mode() -> AbstractContextManager[Any]:
+        """Views made in inference mode could not be trained later."""
+        return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
     def _leave(self) -> None:
         """Put away what the bound client keeps outside the matrices."""
@@ -171,7 +176,7 @@ class ClientBank:
     def to(self, device: torch.device) -> None:
         """Move the rows of all clients."""
         for rows in self.matrices:
-            rows.matrix = rows.matrix.to(device)
+            rows.to(device)
         self.consensus = [vector.to(device) for vector in self.consensus]
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_fed.federation.rounds import finish_round, start_round
+from lightning_fed.federation.rounds import start_round
 from lightning_fed.federation.sampler import JointBatch
 
 if TYPE_CHECKING:
@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 
 class Companion(Callback):
-    """Begins and ends rounds, publishes logs, and watches monitors. First of the Trainer's callbacks.
-
-    Being first, it has ended a round (communication included) before any other callback sees the batch's end.
-    """
+    """Begins rounds, publishes logs, and watches monitors. First of the Trainer's callbacks."""
 
     def __init__(self, strategy: FederatedStrategy) -> None:
         self.strategy = strategy
@@ -94,13 +91,7 @@ class Companion(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        strategy = self.strategy
-        strategy.joint_index = batch.index + 1
-        strategy.local_step.logs.publish_step()
-        if batch.is_last_of_round:
-            finish_round(strategy)
-            if strategy.round % strategy.sampler.rounds_per_epoch == 0:
-                strategy.refresh_consensus()
+        self.strategy.local_step.logs.publish_step()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.strategy.local_step.logs.publish_epoch(self.strategy.gather_objects)

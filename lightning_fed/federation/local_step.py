@@ -23,6 +23,7 @@ from lightning_fed.federation.client_logs import ClientLogs
 from lightning_fed.federation.companion import Companion
 from lightning_fed.federation.local_rules import LocalGradient
 from lightning_fed.federation.randomness import Stream, derive_seed, seed_generators
+from lightning_fed.federation.rounds import finish_joint_step
 from lightning_fed.federation.sampler import ClientBatch, JointBatch
 
 if TYPE_CHECKING:
@@ -193,12 +194,22 @@ class LocalStep:
         # What callbacks and hooks draw must not depend on which client this rank has trained last.
         ambient = derive_seed(Stream.ROUND, self._seed, self.joint.round, self.joint.index)
         seed_generators(ambient, self._device)
+        joint, self.joint = self.joint, None
+        finish_joint_step(self.strategy, joint)
 
     # -------------------------------------------------------------------------------------------------- one client
 
     def training_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The user's ``training_step`` on the bound client's minibatch."""
-        assert self._part is not None
+        """The user's ``training_step`` on the bound client's minibatch.
+
+        Raises:
+            RuntimeError: if it is nobody's turn.
+        """
+        if self._part is None:
+            raise RuntimeError(
+                f"{type(self.module).__name__}.optimizer_step has run the closure itself, but it is the strategy that "
+                "runs it, once for each client: call optimizer.step(closure=closure) for every batch."
+            )
         self._step, self._arguments = step, (args, kwargs)
         with self.logs.capture(self._part.batch):
             return step(self._part.batch, *args, **kwargs)

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_fed.federation.sampler import JointBatch
+
 if TYPE_CHECKING:
     from lightning_fed.federation.strategy import FederatedStrategy
 
@@ -20,6 +22,19 @@ def start_round(strategy: FederatedStrategy) -> None:
         bank.reset_optimizers()
     strategy.dropped = np.array([], dtype=np.int64)
     strategy.start_round(bank.rows.matrix, bank.buffers.matrix, strategy.exchange)
+
+
+def finish_joint_step(strategy: FederatedStrategy, joint: JointBatch) -> None:
+    """Count a joint step; after a round's last one communicate, after an epoch's last one make the consensus model.
+
+    Comes before Lightning steps the schedulers, so that an algorithm mixes with the rate that its clients have used,
+    and before any callback sees the batch's end.
+    """
+    strategy.joint_index = joint.index + 1
+    if joint.is_last_of_round:
+        finish_round(strategy)
+        if strategy.round % strategy.sampler.rounds_per_epoch == 0:
+            strategy.refresh_consensus()
 
 
 @torch.no_grad()

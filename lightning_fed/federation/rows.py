@@ -34,6 +34,7 @@ class Rows:
         stride = self.width if num_rows == 1 else -(-self.width // lane) * lane
         self.matrix = initial.new_zeros((num_rows, stride))[:, : self.width]
         self.matrix.copy_(initial)
+        self._views: dict[int, Sequence[Tensor]] = {}
 
     @property
     def row_bytes(self) -> int:
@@ -50,6 +51,23 @@ class Rows:
         """Make the tensors views into ``vector`` ``[P]`` (a row, or the consensus model)."""
         for tensor, view in zip(self.tensors, _unflatten_dense_tensors(vector, self.tensors)):
             tensor.data = view
+
+    def bind_row(self, slot: int) -> None:
+        """Make the tensors views into a row of the matrix. The views are kept until :meth:`forget_views`."""
+        views = self._views.get(slot)
+        if views is None:
+            views = self._views[slot] = _unflatten_dense_tensors(self.matrix[slot], self.tensors)
+        for tensor, view in zip(self.tensors, views):
+            tensor.data = view
+
+    def forget_views(self) -> None:
+        """Drop the views, whose Python objects a federation of many clients should not hold from round to round."""
+        self._views.clear()
+
+    def to(self, device: torch.device) -> None:
+        """Move the matrix."""
+        self.forget_views()
+        self.matrix = self.matrix.to(device)
 
     def release(self) -> None:
         """Give every tensor its own storage again, with its present value."""

@@ -185,6 +185,17 @@ def test_accumulation_that_changes_during_the_fit() -> None:
         trainer.fit(Classifier(), *loaders(clients(4)))
 
 
+class RunsClosure(Classifier):
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
+        closure()
+        optimizer.step()
+
+
+def test_an_optimizer_step_that_runs_the_closure_itself() -> None:
+    with pytest.raises(RuntimeError, match=r"call optimizer.step\(closure=closure\) for every batch"):
+        silent_trainer(GossipStrategy(num_clients=4)).fit(RunsClosure(), *loaders(clients(4)))
+
+
 class Thaw(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pl_module.requires_grad_(True)
