@@ -165,21 +165,28 @@ class Exchange(ABC):
         """
         if weights_N is None:
             weights_N = np.full(self.layout.num_clients, 1 / self.layout.num_clients)
+        return self._weighted_sum(rows_CP, weights_N, rows_CP.dtype)
+
+    @torch.no_grad()
+    def upload_mean(self, rows_CP: Tensor, weights_N: np.ndarray) -> Tensor:
+        """What a server computes: every client of non-zero weight sends its row; returns the weighted mean ``[P]``.
+
+        It is summed in float64, because clients train on from it: which clients share a rank must not show.
+        """
+        self.sent_bytes += (weights_N != 0) * rows_CP.shape[1] * rows_CP.element_size()
+        return self._weighted_sum(rows_CP, weights_N, torch.float64).to(rows_CP.dtype)
+
+    def _weighted_sum(self, rows_CP: Tensor, weights_N: np.ndarray, dtype: torch.dtype) -> Tensor:
         local = weights_N[self.clients.start : self.clients.stop]
         chosen = np.flatnonzero(local)
-        if len(chosen) == len(local):
+        if len(chosen) == len(local) and dtype == rows_CP.dtype:
             with full_precision_matmul(rows_CP.device):
                 total = torch.mv(rows_CP.t(), torch.from_numpy(local).to(rows_CP))
         else:
-            total = torch.zeros_like(rows_CP[0])
+            total = torch.zeros_like(rows_CP[0], dtype=dtype)
             for slot in chosen.tolist():
                 total.add_(rows_CP[slot], alpha=local[slot])
         return self.sum(total)
-
-    def upload_mean(self, rows_CP: Tensor, weights_N: np.ndarray) -> Tensor:
-        """What a server computes: every client of non-zero weight sends its row; returns the weighted mean ``[P]``."""
-        self.sent_bytes += (weights_N != 0) * rows_CP.shape[1] * rows_CP.element_size()
-        return self.mean(rows_CP, weights_N)
 
     @torch.no_grad()
     def download(self, vector_P: Tensor, rows_CP: Tensor, receivers: np.ndarray) -> None:

@@ -67,7 +67,7 @@ def test_two_ranks_equal_one(name: str) -> None:
         assert_same(alone, result)
 
 
-@pytest.mark.parametrize("name", ["fedavg-cohort", "dfedsam"])
+@pytest.mark.parametrize("name", ["fedavg-full", "fedavg-cohort", "gossip-cohort", "dfedsam"])
 def test_four_ranks_equal_one(name: str) -> None:
     alone = federation(name, 1)
     for result in run_ranks(4, federation, name, 4):
