@@ -8,12 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from lightning_fed.federation.exchange import Exchange
 
 if TYPE_CHECKING:
     from lightning_fed.federation.clients import ClientBank
+    from lightning_fed.federation.virtual_clock import VirtualClock
 
 
 class Algorithm(ABC):
@@ -28,6 +30,19 @@ class Algorithm(ABC):
 
     def start_round(self, rows: Tensor, buffers: Tensor, exchange: Exchange) -> None:
         """What happens before the first local step of a round, for example the download of a server's model."""
+
+    def pass_time(self, clock: VirtualClock, cohort: np.ndarray, local_steps: np.ndarray) -> None:
+        """Let a round's local steps pass on the virtual clock, if there is one; called before :meth:`mix`.
+
+        Override it in an algorithm that keeps the clock's times itself, and set ``exchange.clock`` to None after
+        ``setup_distributed`` if its communication should not advance them either.
+
+        Args:
+            clock: the strategy's.
+            cohort: who took part, int64 ``[cohort]``.
+            local_steps: optimizer steps of each of them, int64 ``[cohort]``.
+        """
+        clock.local_work(cohort, local_steps)
 
     @abstractmethod
     def mix(self, rows: Tensor, exchange: Exchange) -> None:

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_fed.federation.layout import Layout
 from lightning_fed.federation.rows import trainable_parameters
+from lightning_fed.federation.virtual_clock import VirtualClock
 
 if TYPE_CHECKING:
     from lightning_fed.federation.strategy import FederatedStrategy
@@ -56,6 +58,7 @@ class FederationCheckpoint:
             "seed": strategy.seed,
             "sent_bytes": strategy.exchange.sent_bytes.tolist(),
             "server_bytes": strategy.exchange.server_bytes,
+            "clock": strategy.clock.state() if strategy.clock is not None else None,
             "directory": directory.name,
             "blocks": [(block.start, block.stop) for block in blocks],
         }
@@ -133,6 +136,8 @@ class FederationCheckpoint:
         strategy.seed = self.header["seed"]
         exchange.sent_bytes[:] = np.array(self.header["sent_bytes"], dtype=np.int64)
         exchange.server_bytes = self.header["server_bytes"]
+        if strategy.clock is not None:
+            self._restore_clock(strategy.clock)
         for client, slot, content in self._clients(strategy):
             for rows, name in ((bank.rows, "rows"), (bank.buffers, "buffers"), (bank.counters, "counters")):
                 rows.matrix[bank.slot(client)] = content[name][slot].to(rows.matrix)
@@ -140,6 +145,13 @@ class FederationCheckpoint:
                 matrix[bank.slot(client)] = content["algorithm"][name][slot].to(matrix)
         strategy.load_algorithm_state(self._load(strategy, "algorithm.pt"))
         strategy.consensus_is_stale = True
+
+    def _restore_clock(self, clock: VirtualClock) -> None:
+        state = self.header.get("clock")
+        if state is not None:
+            clock.load_state(state)
+        else:
+            rank_zero_warn(f"{str(self.path)!r} was saved without a clock, so time is counted from its round on.")
 
     def restore_optimizers(self, strategy: FederatedStrategy) -> None:
         """The clients' optimizer and loss-scaler states, once optimizers exist."""

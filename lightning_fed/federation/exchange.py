@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fed.federation.layout import Layout
+from lightning_fed.federation.rows import Rows
+from lightning_fed.federation.virtual_clock import VirtualClock
 
 # Columns mixed at a time: small enough for the block of all rows to stay in a CPU cache, and to bound the memory that
 # rows of other ranks need while they are here.
@@ -119,6 +121,9 @@ class Exchange(ABC):
         sent_bytes: int64 ``[N]``, bytes that each client has sent, the same array on every rank.
         server_bytes: bytes that the (virtual) server has sent.
         wire_bytes: bytes that really left this rank for mixing.
+        clock: what the communication takes; None if no time is counted.
+        riders: rows that travel in the messages of other rows (float buffers beside parameters), so that the clock
+            sees one message.
     """
 
     def __init__(self, layout: Layout, host: int = 0) -> None:
@@ -128,12 +133,25 @@ class Exchange(ABC):
         self.sent_bytes = np.zeros(layout.num_clients, dtype=np.int64)
         self.server_bytes = 0
         self.wire_bytes = 0
+        self.clock: VirtualClock | None = None
+        self.riders: Rows | None = None
         self._plans: OrderedDict[tuple[Any, ...], tuple[np.ndarray, MixingPlan]] = OrderedDict()
 
     def reset_counts(self) -> None:
         """Begin to count bytes anew."""
         self.sent_bytes[:] = 0
         self.server_bytes = self.wire_bytes = 0
+
+    def keep_time(self, clock: VirtualClock | None, seed: int) -> None:
+        """Count simulated time from now on, or none."""
+        if clock is not None:
+            clock.bind(self.layout.num_clients, seed)
+        self.clock = clock
+
+    def _message_bytes(self, rows_CP: Tensor) -> int:
+        """Bytes of one message with what rides along; 0 for the riders, which are in a message already."""
+        riders = self.riders.matrix if self.riders is not None else rows_CP[:, :0]
+        return 0 if rows_CP is riders else sum(rows.shape[1] * rows.element_size() for rows in (rows_CP, riders))
 
     @property
     def total_bytes(self) -> int:
@@ -155,6 +173,8 @@ class Exchange(ABC):
         with full_precision_matmul(rows_CP.device):
             self._mix(rows_CP, plan)
         self.sent_bytes += plan.sent_rows * rows_CP.shape[1] * rows_CP.element_size()
+        if self.clock is not None and (message_bytes := self._message_bytes(rows_CP)):
+            self.clock.mixed(weights_NN != 0, message_bytes)
 
     @torch.no_grad()
     def mean(self, rows_CP: Tensor, weights_N: np.ndarray | None = None) -> Tensor:
@@ -169,11 +189,18 @@ class Exchange(ABC):
 
     @torch.no_grad()
     def upload_mean(self, rows_CP: Tensor, weights_N: np.ndarray) -> Tensor:
-        """What a server computes: every client of non-zero weight sends its row; returns the weighted mean ``[P]``.
-
-        It is summed in float64, because clients train on from it: which clients share a rank must not show.
-        """
+        """What a server computes: every client of non-zero weight sends its row; returns the weighted mean ``[P]``."""
         self.sent_bytes += (weights_N != 0) * rows_CP.shape[1] * rows_CP.element_size()
+        if self.clock is not None and (message_bytes := self._message_bytes(rows_CP)):
+            self.clock.uploaded(np.flatnonzero(weights_N), message_bytes)
+        return self.average(rows_CP, weights_N)
+
+    @torch.no_grad()
+    def average(self, rows_CP: Tensor, weights_N: np.ndarray) -> Tensor:
+        """The weighted mean ``[P]`` that clients train on from; the caller counts what it costs, in ``sent_bytes``.
+
+        It is summed in float64: which clients share a rank must not show.
+        """
         return self._weighted_sum(rows_CP, weights_N, torch.float64).to(rows_CP.dtype)
 
     def _weighted_sum(self, rows_CP: Tensor, weights_N: np.ndarray, dtype: torch.dtype) -> Tensor:
@@ -192,6 +219,8 @@ class Exchange(ABC):
     def download(self, vector_P: Tensor, rows_CP: Tensor, receivers: np.ndarray) -> None:
         """The server sends ``vector`` to the clients ``receivers`` (sorted), whose rows it becomes."""
         self.server_bytes += len(receivers) * rows_CP.shape[1] * rows_CP.element_size()
+        if self.clock is not None and (message_bytes := self._message_bytes(rows_CP)):
+            self.clock.downloaded(receivers, message_bytes)
         for client in receivers:
             if client in self.clients:
                 rows_CP[client - self.clients.start] = vector_P

@@ -24,6 +24,9 @@ class Stream(IntEnum):
     DATA = 4
     ROUND = 5
     SPLIT = 6
+    MEMBERSHIP = 9
+    AVAILABILITY = 7
+    CLOCK = 8
 
 
 def derive_seed(stream: Stream, *key: int) -> int:

@@ -42,6 +42,8 @@ def finish_round(strategy: FederatedStrategy) -> None:
     """Communicate, and count the round."""
     bank, exchange = strategy.bank, strategy.exchange
     bank.bind_nothing()
+    if strategy.clock is not None:
+        strategy.pass_time(strategy.clock, strategy.cohort, local_steps(strategy))
     settle_nonfinite(strategy)
     strategy.mix(bank.rows.matrix, exchange)
     if bank.buffers.width and strategy.float_buffers == "mix":
@@ -50,6 +52,13 @@ def finish_round(strategy: FederatedStrategy) -> None:
         bank.reset_optimizers()
     strategy.round += 1
     strategy.joint_index = 0
+
+
+def local_steps(strategy: FederatedStrategy) -> np.ndarray:
+    """Optimizer steps that each client of the cohort takes in a round, int64 ``[cohort]``."""
+    work = strategy.sampler.work
+    minibatches = [work.batches_per_round(len(strategy.shards[client])) for client in strategy.cohort]
+    return -(-np.array(minibatches, dtype=np.int64) // work.accumulate)
 
 
 def settle_nonfinite(strategy: FederatedStrategy) -> None:

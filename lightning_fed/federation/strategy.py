@@ -41,6 +41,8 @@ from lightning_fed.federation.sampler import (
     client_shards,
     federated_loader,
 )
+from lightning_fed.federation.settings import check_choice, check_counts
+from lightning_fed.federation.virtual_clock import VirtualClock
 
 
 class FederatedStrategy(Algorithm, FederationProcesses):
@@ -64,6 +66,7 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         process_group_backend: of ``torch.distributed``; by default NCCL on GPUs and gloo on CPUs.
         timeout: seconds that a rank waits for another one.
         start_method: how Lightning starts ranks when no launcher such as torchrun or SLURM has.
+        clock: simulated time of local steps and transfers, in which nothing waits; by default no time is counted.
 
     Raises:
         ValueError: for a setting out of range; the message names it and the way out.
@@ -86,23 +89,14 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         process_group_backend: str | None = None,
         timeout: float = 1800.0,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        clock: VirtualClock | None = None,
     ) -> None:
-        for name, value in (
-            ("num_clients", num_clients),
-            ("local_epochs", local_epochs),
-            ("local_steps", local_steps),
-            ("rounds_per_epoch", None if rounds_per_epoch == "pass" else rounds_per_epoch),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
-        for name, choice, choices in (
-            ("optimizer_state", optimizer_state, ("reset", "keep")),
-            ("float_buffers", float_buffers, ("mix", "local")),
-            ("evaluate", evaluate, ("consensus", "clients", "both")),
-            ("on_nonfinite", on_nonfinite, ("raise", "drop")),
-        ):
-            if choice not in choices:
-                raise ValueError(f"{name}={choice!r} is not one of {choices}.")
+        check_counts(num_clients=num_clients, local_epochs=local_epochs, local_steps=local_steps)
+        check_counts(rounds_per_epoch=None if rounds_per_epoch == "pass" else rounds_per_epoch)
+        check_choice("optimizer_state", optimizer_state, "reset", "keep")
+        check_choice("float_buffers", float_buffers, "mix", "local")
+        check_choice("evaluate", evaluate, "consensus", "clients", "both")
+        check_choice("on_nonfinite", on_nonfinite, "raise", "drop")
         super().__init__(num_clients, ranks_per_client, process_group_backend, timeout, start_method)
         self.participation = participation or FullParticipation()
         self.local_rule = local_rule
@@ -113,6 +107,7 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         self.float_buffers = float_buffers
         self.evaluate = evaluate
         self.on_nonfinite = on_nonfinite
+        self.clock = clock
         self._seed = seed
         self.round = 0
         self.joint_index = 0
@@ -187,6 +182,7 @@ class FederatedStrategy(Algorithm, FederationProcesses):
     def setup_distributed(self) -> None:
         self.participation.validate(self.num_clients)
         super().setup_distributed()
+        self.exchange.keep_time(self.clock, self.seed)
 
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
@@ -232,6 +228,9 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         self._bank_of = (module, trainer)
         self.round, self.joint_index = 0, 0
         self.exchange.reset_counts()
+        self.exchange.riders = self._bank.buffers if self.float_buffers == "mix" else None
+        if self.clock is not None:
+            self.clock.reset()
         self.setup_algorithm(self._bank, self.exchange)
         if resume is not None:
             resume.restore(self)
