@@ -8,8 +8,9 @@ from lightning_fed.federation.strategy import FederatedStrategy
 from lightning_fed.strategies.dfedsam import DFedSAMStrategy
 from lightning_fed.strategies.fedavg import FedAvgStrategy
 from lightning_fed.strategies.gossip import GossipStrategy
+from lightning_fed.strategies.modest import MoDeSTStrategy
 
-__all__ = ["DFedSAMStrategy", "FedAvgStrategy", "FederatedStrategy", "GossipStrategy"]
+__all__ = ["DFedSAMStrategy", "FedAvgStrategy", "FederatedStrategy", "GossipStrategy", "MoDeSTStrategy"]
 
 
 def register_names() -> None:
@@ -19,6 +20,7 @@ def register_names() -> None:
         ("gossip", GossipStrategy, {}),
         ("dpsgd", GossipStrategy, {"local_steps": 1, "rounds_per_epoch": "pass"}),
         ("dfedsam", DFedSAMStrategy, {}),
+        ("modest", MoDeSTStrategy, {}),
     )
     for name, strategy, settings in aliases:
         if name not in StrategyRegistry:

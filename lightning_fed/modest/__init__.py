@@ -1,0 +1,1 @@
+"""MoDeST's protocol, free of any transport: membership, one node's behaviour, and its simulation in virtual time."""

@@ -1,0 +1,46 @@
+"""The settings of the protocol, and what they mean for an aggregator."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_fed.federation.settings import check_choice, check_counts
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The settings of the protocol, the same on every node; see ``MoDeSTStrategy`` for where defaults come from."""
+
+    sample_size: int
+    num_aggregators: int
+    success_fraction: float
+    success_rounding: Literal["up", "down"]
+    aggregation_timeout: float | None
+    min_models: int
+    ping_timeout: float
+    activity_window: int
+    restart_timeout: float
+
+    def __post_init__(self) -> None:
+        check_counts(sample_size=self.sample_size, num_aggregators=self.num_aggregators)
+        check_counts(min_models=self.min_models, activity_window=self.activity_window)
+        check_choice("success_rounding", self.success_rounding, "up", "down")
+        if self.num_aggregators > self.sample_size:
+            raise ValueError(
+                f"num_aggregators={self.num_aggregators} is larger than sample_size={self.sample_size}: aggregators "
+                "are the first nodes of the sample, so choose at most as many."
+            )
+        if not 0 < self.success_fraction <= 1:
+            raise ValueError(f"success_fraction={self.success_fraction} must be in (0, 1].")
+        for name in ("ping_timeout", "restart_timeout", "aggregation_timeout"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be more than 0 seconds.")
+
+    def models_needed(self, sample_size: int) -> int:
+        """How many trained models an aggregator waits for, if its sample was of that size."""
+        share = min(sample_size, self.sample_size) * self.success_fraction
+        # Products such as 10 * 0.7 may miss their integer by a rounding error.
+        return max(math.ceil(share - 1e-9) if self.success_rounding == "up" else math.floor(share + 1e-9), 1)

@@ -1,0 +1,237 @@
+"""MoDeST: decentralized training with a fresh sample of nodes and a fresh committee of aggregators in every round.
+
+Shapes: N = clients (the nodes), C = clients on this rank, P = numbers in a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_fed.federation.availability import AlwaysOn, Availability
+from lightning_fed.federation.clients import ClientBank
+from lightning_fed.federation.exchange import Exchange
+from lightning_fed.federation.participation import Participation
+from lightning_fed.federation.strategy import FederatedStrategy
+from lightning_fed.federation.virtual_clock import VirtualClock
+from lightning_fed.modest.rules import Rules
+from lightning_fed.modest.simulation import SEED_MODEL, FederationDied, Model, RoundPlan, Simulation
+
+
+class MoDeSTStrategy(FederatedStrategy):
+    """No server, no graph: a hash-chosen sample trains in each round, and hash-chosen nodes average its models.
+
+    Every node computes from its own view who is asked for round k: the nodes in the order of ``md5("<node>-<k>")``.
+    The first ``sample_size`` that answer a ping are the sample, the first ``num_aggregators`` the aggregators. A
+    participant sends its model to the aggregators of round k + 1; one that has received enough of them sends their uniform mean to
+    the sample of round k + 1. Views (who is a member, and when last active) ride on every model.
+
+    Three variants have been published. The defaults, and several aggregators, are those of the MoDeST code of 2023 (de
+    Vos et al., arXiv 2302.13837v1). ``success_rounding="down"``, ``aggregation_timeout=300`` and ``min_models=3`` are
+    what the Plexus code of 2025 adds. Restarts are ours: without them, a round whose aggregators all die would never
+    end, whatever the variant; they change nothing while nobody fails.
+
+    Args:
+        sample_size: s, nodes that train in a round.
+        num_aggregators: a, nodes that average a round's models, each for itself. Participants train on the first
+            average that reaches them.
+        success_fraction: share of the sample whose models an aggregator waits for. A sample that was found to be
+            shorter than ``sample_size`` counts as it was found.
+        success_rounding: whether that share is rounded ``"up"`` or ``"down"`` to a number of models.
+        aggregation_timeout: seconds after its first model at which an aggregator goes on with ``min_models`` or more,
+            or drops what it has; by default it waits.
+        min_models: see there.
+        ping_timeout: seconds in which a node answers a ping, or is replaced by the next in hash order.
+        activity_window: rounds without a sign of life after which a node is no longer asked.
+        restart_timeout: seconds without any progress after which the newest model that a live node has is sent to a
+            new sample.
+        availability: when nodes are there; by default always.
+        **federation: see :class:`~lightning_fed.federation.strategy.FederatedStrategy`; ``participation`` is decided by
+            the protocol.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        sample_size: int = 10,
+        num_aggregators: int = 1,
+        success_fraction: float = 1.0,
+        success_rounding: Literal["up", "down"] = "up",
+        aggregation_timeout: float | None = None,
+        min_models: int = 3,
+        ping_timeout: float = 5.0,
+        activity_window: int = 50,
+        restart_timeout: float = 60.0,
+        availability: Availability | None = None,
+        **federation: Any,
+    ) -> None:
+        self.rules = Rules(
+            sample_size=sample_size,
+            num_aggregators=num_aggregators,
+            success_fraction=success_fraction,
+            success_rounding=success_rounding,
+            aggregation_timeout=aggregation_timeout,
+            min_models=min_models,
+            ping_timeout=ping_timeout,
+            activity_window=activity_window,
+            restart_timeout=restart_timeout,
+        )
+        super().__init__(participation=HashSample(self), **federation)
+        self.availability = availability or AlwaysOn()
+        self._simulation: Simulation | None = None
+        self._models: dict[Model, list[Tensor]] = {}
+
+    # ------------------------------------------------------------------------------------------------------ protocol
+
+    @property
+    def simulation(self) -> Simulation:
+        """The protocol, played by symbols; the same on every rank. Exists from the first training loader on."""
+        if self._simulation is None:
+            work, shards = self.sampler.work, self.shards
+            self._simulation = Simulation(
+                num_clients=self.num_clients,
+                rules=self.rules,
+                availability=self.availability,
+                clock=self.clock,
+                model_bytes=self.bank.row_bytes if self.float_buffers == "mix" else self.bank.rows.row_bytes,
+                local_steps=lambda client: -(-work.batches_per_round(len(shards[client])) // work.accumulate),
+                seed=self.seed,
+            )
+        return self._simulation
+
+    def plan(self, round: int) -> RoundPlan:
+        """What happens in one of the engine's rounds, which are numbered from 0.
+
+        Raises:
+            RuntimeError: if the federation has died out; names the last checkpoint.
+        """
+        try:
+            return self.simulation.plan(round + 1)
+        except FederationDied as death:
+            raise RuntimeError(f"{death}: {self._last_checkpoint()}.") from None
+
+    def setup_distributed(self) -> None:
+        self.availability.validate(self.num_clients)
+        super().setup_distributed()
+
+    # ------------------------------------------------------------------------------------------------------ numbers
+
+    def setup_algorithm(self, bank: ClientBank, exchange: Exchange) -> None:
+        self._simulation = None
+        self._models = {SEED_MODEL: [vector.clone() for vector in bank.consensus[:2]]}
+        self._newest = SEED_MODEL
+
+    def start_round(self, rows: Tensor, buffers: Tensor, exchange: Exchange) -> None:
+        starts = self.plan(self.round).starts
+        matrices = [rows, buffers] if self.float_buffers == "mix" else [rows]
+        for source in {model for model in starts.values() if model.is_trained}:  # a restart from somebody's own model
+            one = np.eye(1, self.num_clients, source.client)[0]
+            self._models[source] = [exchange.average(matrix, one) for matrix in matrices]
+        for client in starts:
+            if client in exchange.clients:
+                for matrix, vector in zip(matrices, self._models[starts[client]]):
+                    matrix[client - exchange.clients.start] = vector  # x_i <- the aggregated model that reached it
+
+    def pass_time(self, clock: VirtualClock, cohort: np.ndarray, local_steps: np.ndarray) -> None:
+        plan = self.plan(self.round)
+        clock.now[:] = plan.ended
+        clock.training_seconds += plan.training_seconds
+
+    def mix(self, rows: Tensor, exchange: Exchange) -> None:
+        plan, next_round = self.plan(self.round), self.round + 2
+        exchange.sent_bytes += plan.sent_bytes
+        averages = [Model(next_round, aggregator, False) for aggregator in plan.averages]
+        self._newest = averages[0]
+        used = {self._newest, *self.plan(self.round + 1).starts.values()}
+        self._models = {SEED_MODEL: self._models[SEED_MODEL]}
+        for model in used.intersection(averages):
+            self._models[model] = [exchange.average(rows, self._weights(model))]  # 1/m sum of the m models that arrived
+
+    def mix_buffers(self, buffers: Tensor, exchange: Exchange) -> None:
+        for model, vectors in self._models.items():
+            if model != SEED_MODEL:
+                vectors.append(exchange.average(buffers, self._weights(model)))
+
+    def _weights(self, model: Model) -> np.ndarray:
+        """Of the clients in an average, ``[N]``."""
+        contributors = np.array(self.plan(self.round).averages[model.client])
+        contributors = np.setdiff1d(contributors, self.dropped) if len(self.dropped) else contributors
+        weights = np.zeros(self.num_clients)
+        weights[contributors] = 1 / len(contributors)
+        return weights
+
+    def consensus(self, rows: Tensor, exchange: Exchange) -> Tensor:
+        """The average that was done first."""
+        return self._models[self._newest][0]
+
+    def consensus_buffers(self, buffers: Tensor, exchange: Exchange) -> Tensor:
+        mixed = self.float_buffers == "mix" and len(self._models[self._newest]) == 2
+        return self._models[self._newest][1] if mixed else super().consensus_buffers(buffers, exchange)
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+
+    def algorithm_state(self) -> dict[str, Any]:
+        return {
+            "protocol": self._protocol(),
+            "newest": list(self._newest),
+            "models": [(list(model), vectors) for model, vectors in self._models.items()],
+        }
+
+    def load_algorithm_state(self, state: dict[str, Any]) -> None:
+        saved, mine = state["protocol"], self._protocol()
+        for name in mine:
+            if saved.get(name) != mine[name]:
+                raise ValueError(
+                    f"the checkpoint's federation has {name}={saved.get(name)!r}, but this run has {mine[name]!r}, so "
+                    "its rounds cannot be repeated: resume with the settings of the run that saved it."
+                )
+        like = self._models[SEED_MODEL]
+        self._newest = Model(*state["newest"])
+        self._models = {
+            Model(*model): [vector.to(template) for vector, template in zip(vectors, like)]
+            for model, vectors in state["models"]
+        }
+
+    def _protocol(self) -> dict[str, Any]:
+        """All that the course of the protocol depends on, beside the data: a resumed run repeats it."""
+        availability = {"availability": type(self.availability).__name__, **vars(self.availability)}
+        return {**asdict(self.rules), **{name: str(value) for name, value in availability.items()}}
+
+    def _last_checkpoint(self) -> str:
+        """Where a federation that has died can be taken up again, for a message."""
+        assert self.lightning_module is not None
+        callbacks = self.lightning_module.trainer.checkpoint_callbacks
+        files = [Path(path) for c in callbacks if isinstance(c, ModelCheckpoint) for path in saved_by(c)]
+        files = [path for path in files if path.exists()]
+        if not files:
+            return "no checkpoint was saved; add a ModelCheckpoint callback to keep what was reached"
+        return f"the last checkpoint is {str(max(files, key=lambda path: path.stat().st_mtime))!r}"
+
+
+class HashSample(Participation):
+    """Who trains in a round, as MoDeST's protocol decides it."""
+
+    def __init__(self, strategy: MoDeSTStrategy) -> None:
+        self.strategy = strategy
+
+    def cohort(self, round: int, num_clients: int, seed: int) -> np.ndarray:
+        return np.array(sorted(self.strategy.plan(round).starts), dtype=np.int64)
+
+    def validate(self, num_clients: int) -> None:
+        if self.strategy.rules.sample_size > num_clients:
+            raise ValueError(
+                f"sample_size={self.strategy.rules.sample_size} is larger than num_clients={num_clients}: lower the "
+                "sample size, or add clients."
+            )
+
+
+def saved_by(callback: ModelCheckpoint) -> list[str]:
+    """The files that a callback has written and not deleted."""
+    return [path for path in (callback.last_model_path, *callback.best_k_models, callback.best_model_path) if path]
