@@ -13,6 +13,7 @@ import numpy as np
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from lightning_fed.federation.algorithm import RoundFacts
 from lightning_fed.federation.availability import AlwaysOn, Availability
 from lightning_fed.federation.clients import ClientBank
 from lightning_fed.federation.exchange import Exchange
@@ -28,8 +29,8 @@ class MoDeSTStrategy(FederatedStrategy):
 
     Every node computes from its own view who is asked for round k: the nodes in the order of ``md5("<node>-<k>")``.
     The first ``sample_size`` that answer a ping are the sample, the first ``num_aggregators`` the aggregators. A
-    participant sends its model to the aggregators of round k + 1; one that has received enough of them sends their uniform mean to
-    the sample of round k + 1. Views (who is a member, and when last active) ride on every model.
+    participant sends its model to the aggregators of round k + 1. An aggregator that has enough of them sends their
+    uniform mean to the sample of round k + 1. Views (who is a member, and when last active) ride on every model.
 
     Three variants have been published. The defaults, and several aggregators, are those of the MoDeST code of 2023 (de
     Vos et al., arXiv 2302.13837v1). ``success_rounding="down"``, ``aggregation_timeout=300`` and ``min_models=3`` are
@@ -87,6 +88,7 @@ class MoDeSTStrategy(FederatedStrategy):
         self.availability = availability or AlwaysOn()
         self._simulation: Simulation | None = None
         self._models: dict[Model, list[Tensor]] = {}
+        self._online: list[np.ndarray] = []
 
     # ------------------------------------------------------------------------------------------------------ protocol
 
@@ -125,6 +127,7 @@ class MoDeSTStrategy(FederatedStrategy):
 
     def setup_algorithm(self, bank: ClientBank, exchange: Exchange) -> None:
         self._simulation = None
+        self._online = [self.availability.present_at_start(self.num_clients)]
         self._models = {SEED_MODEL: [vector.clone() for vector in bank.consensus[:2]]}
         self._newest = SEED_MODEL
 
@@ -174,6 +177,30 @@ class MoDeSTStrategy(FederatedStrategy):
     def consensus_buffers(self, buffers: Tensor, exchange: Exchange) -> Tensor:
         mixed = self.float_buffers == "mix" and len(self._models[self._newest]) == 2
         return self._models[self._newest][1] if mixed else super().consensus_buffers(buffers, exchange)
+
+    # --------------------------------------------------------------------------------------------------------- facts
+
+    def round_facts(self, round: int) -> RoundFacts:
+        plan = self.plan(round)
+        numbers = {
+            "live_nodes": plan.live,
+            "aggregators": len(plan.averages),
+            "ping_timeouts": plan.ping_timeouts,
+            "models_received": plan.models_received,
+            "restarts": plan.restarts,
+            "round_seconds": plan.ended - plan.began,
+        }
+        offline = np.flatnonzero(~self._online_after(round)).tolist()
+        return RoundFacts(numbers, list(plan.averages), plan.joined, plan.left, offline)
+
+    def _online_after(self, round: int) -> np.ndarray:
+        """Who is there at the end of a round, bool ``[N]``."""
+        while len(self._online) < round + 2:
+            plan, online = self.plan(len(self._online) - 1), self._online[-1].copy()
+            for client in plan.joined + plan.left:  # every change of a client undoes the one before
+                online[client] = not online[client]
+            self._online.append(online)
+        return self._online[round + 1]
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
