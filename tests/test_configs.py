@@ -30,7 +30,7 @@ def test_a_configuration_for_gpus_is_valid(name: str, in_tmp_path: Path) -> None
         ["--config", str(CONFIGS / name), "--trainer.accelerator", "cpu", "--trainer.devices", "1"], run=False
     )
     assert isinstance(cli.trainer, Trainer) and all(isinstance(logger, Logger) for logger in cli.trainer.loggers)
-    assert cli.trainer.strategy.num_clients == cli.datamodule.num_clients == 100
+    assert cli.trainer.strategy.num_clients == cli.datamodule.num_clients >= 100
 
 
 def test_a_strategy_is_named_on_the_command_line(in_tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from functools import partial
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from federations import Classifier, all_rows, clients, loaders, samples, silent_trainer
 from lightning.pytorch import Callback, seed_everything
 
 import lightning_fed
-from lightning_fed import DFedSAMStrategy, FedAvgStrategy, GossipStrategy
+from lightning_fed import DFedSAMStrategy, FedAvgStrategy, GossipStrategy, MoDeSTStrategy
+from lightning_fed.cli import FederatedCLI
 from lightning_fed.federation.participation import UniformSample
 from lightning_fed.federation.strategy import FederatedStrategy
+from lightning_fed.federation.virtual_clock import VirtualClock
+from lightning_fed.modest.membership import hash_order
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,6 +67,39 @@ def test_the_readmes_data_of_ones_own_are_federated() -> None:
         strategy = FedAvgStrategy(num_clients=10)
         silent_trainer(strategy, max_epochs=1, limit_val_batches=0).fit(Classifier(norm=False), **data)
         assert strategy.round == 1 and sum(map(len, strategy.shards)) == 400
+
+
+def test_the_readmes_federation_of_nodes_that_come_and_go_trains() -> None:
+    strategy = execute(ROOT / "README.md", example(ROOT / "README.md", "churn"))["strategy"]
+    silent_trainer(strategy, max_epochs=4).fit(Classifier(norm=False), *loaders(clients(50)))
+    assert strategy.round == 4 and strategy.clock.elapsed > 0
+
+
+MODEST = ROOT / "docs" / "modest.md"
+
+
+def test_the_example_of_modest_trains(in_tmp_path: Path) -> None:
+    names = execute(MODEST, example(MODEST, "modest"))
+    assert names["trainer"].callback_metrics["val/acc"] > 0.8
+    assert list(in_tmp_path.rglob("participation.png"))
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_settings_of_modest_are_read(number: int, in_tmp_path: Path) -> None:
+    page = MODEST.read_text()
+    blocks = re.findall(r"<!-- test: availability -->\n```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    (trace,) = re.findall(r"<!-- test: availability.csv -->\n```text\n(.*?)```", page, re.DOTALL)
+    Path("availability.csv").write_text(trace)
+    settings = {"num_clients": 50, **yaml.safe_load(blocks[number])}
+    trainer = {"strategy": {"class_path": "MoDeSTStrategy", "init_args": settings}, "accelerator": "cpu", "devices": 1}
+    Path("config.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
+    classes = ["--model", "ImageClassifier", "--data", "DigitsDataModule"]
+    strategy = FederatedCLI(["--config", "config.yaml", *classes], run=False).trainer.strategy
+    strategy.availability.validate(50)
+    list(itertools.islice(strategy.availability.changes(50, seed=0), 10))
+    named = yaml.safe_load(blocks[number]).popitem()
+    assert type(getattr(strategy, named[0])).__name__ == named[1]["class_path"]
 
 
 ADDING = ROOT / "docs" / "adding-an-algorithm.md"
@@ -182,6 +220,22 @@ def test_bytes_are_those_of_the_documented_formula(
     assert strategy.exchange.server_bytes == 2 * rows_of_server * 4 * numbers
 
 
+@pytest.mark.parametrize("float_buffers", ["mix", "local"])
+def test_modests_bytes_are_those_of_the_documented_formula(float_buffers: Any) -> None:
+    strategy = MoDeSTStrategy(
+        sample_size=4, num_aggregators=2, num_clients=8, float_buffers=float_buffers, clock=VirtualClock()
+    )
+    module = Classifier()
+    silent_trainer(strategy, max_epochs=3).fit(module, *loaders(clients(8)))
+    to_itself = 0
+    for round in range(3):
+        trained, aggregators = strategy.plan(round).starts, strategy.plan(round).averages
+        to_itself += sum(client in trained for client in aggregators)
+        to_itself += sum(client in hash_order(8, round + 2)[:4] for client in aggregators)
+    row_bytes = strategy.bank.row_bytes if float_buffers == "mix" else strategy.bank.rows.row_bytes
+    assert strategy.exchange.total_bytes == (3 * 2 * 4 * 2 - to_itself) * (row_bytes + 8 * 8 + 32)
+
+
 # ------------------------------------------------------------------------------------------ links, names, other code
 
 
@@ -210,7 +264,7 @@ def test_the_readmes_table_names_every_strategy_and_short_name() -> None:
     for name in lightning_fed.__all__:
         if name.endswith("Strategy"):
             assert any(f"`{name}" in row for row in rows), f"the README's table does not name {name}"
-    for short in ("fedavg", "gossip", "dpsgd", "dfedsam"):
+    for short in ("fedavg", "gossip", "dpsgd", "dfedsam", "modest"):
         assert any(f'`"{short}"`' in row for row in rows), f"the README's table does not name {short!r}"
 
 

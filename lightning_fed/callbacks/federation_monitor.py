@@ -17,21 +17,32 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from lightning_fed.callbacks.federation_plots import (
+    AGGREGATED,
+    JOINED,
+    LEFT,
+    OFFLINE,
+    TRAINED,
+    Points,
+    draw_bytes,
+    draw_labels,
+    draw_participation,
+    draw_progress,
+    draw_topology,
+)
 from lightning_fed.data import labels_of
+from lightning_fed.federation.algorithm import RoundFacts
 from lightning_fed.federation.strategy import FederatedStrategy
 from lightning_fed.partition import label_counts
 from lightning_fed.topology import Topology
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Beyond this, a drawing of the graph is a blot that takes longer than the round.
 DRAWABLE_CLIENTS = 200
-LOG_SCALE_FROM_RATIO = 30
-MARKED_POINTS = 30
-
-Points = list[tuple[int, int, float]]
+# Beyond this, a client has less than a row of pixels in the picture of who trained when.
+RECORDED_CLIENTS = 1000
 
 
 class FederationMonitor(Callback):
@@ -43,11 +54,16 @@ class FederationMonitor(Callback):
     * ``fed/round``: rounds completed; ``fed/cohort_size``: clients that took part in this one;
     * ``fed/consensus_distance``: ``sqrt(mean_i ||x_i - x_bar||^2)``, x_bar the mean of all clients' rows;
     * ``fed/bytes_sent``: by clients and server since the federation began, as the algorithm counts it;
-    * ``fed/update_norm``: how far the consensus model has moved since the last logged round, in the 2-norm.
+    * ``fed/update_norm``: how far the consensus model has moved since the last logged round, in the 2-norm;
+    * with a virtual clock, ``fed/virtual_seconds``: the time that it shows; ``fed/training_seconds``: local steps of
+      all clients until then, added up;
+    * what the algorithm tells of its rounds (:meth:`~lightning_fed.federation.algorithm.Algorithm.round_facts`), for
+      example ``fed/live_nodes`` in MoDeST.
 
     Drawn by rank zero: ``labels.png`` (who holds which classes) and ``topology.png`` (up to 200 clients) when training
-    begins, ``progress.png`` (validation accuracy and consensus distance over rounds) and ``bytes.png`` (accuracy
-    against bytes sent) when it ends. Accuracies are the metrics with "acc" in their name that are known after a
+    begins; when it ends, ``progress.png`` (validation accuracy and consensus distance over rounds), ``bytes.png``
+    (accuracy against bytes sent) and, unless all clients took part in all rounds, ``participation.png`` (who trained
+    when, up to 1,000 clients). Accuracies are the metrics with "acc" in their name that are known after a
     validation, except those that begin with "train". Weights & Biases and TensorBoard get the images too. A resumed run
     draws its curves from the first round on.
 
@@ -67,9 +83,10 @@ class FederationMonitor(Callback):
         self.directory = directory
         self.every_n_rounds = every_n_rounds
         self.plots = plots
-        # Points are (round, bytes sent until then, value).
         self.consensus_distances: Points = []
         self.accuracies: dict[str, Points] = {}
+        # For each round, from 1, one number a client: what it did, as bits (see federation_plots).
+        self.participation: dict[int, bytes] = {}
         self._model = torch.empty(0)
         self._images: Path | None = None
 
@@ -92,9 +109,15 @@ class FederationMonitor(Callback):
     ) -> None:
         strategy = federation_of(trainer, self)
         # The strategy's own callback comes first: rows are mixed and `strategy.round` counts this round.
-        if not batch.is_last_of_round or strategy.round % self.every_n_rounds:
+        if not batch.is_last_of_round:
             return
-        metrics = self._measure(strategy, batch.round)
+        cohort = strategy.participation.cohort(batch.round, strategy.num_clients, strategy.seed)
+        facts = strategy.round_facts(batch.round)
+        if strategy.num_clients <= RECORDED_CLIENTS:
+            self.participation[strategy.round] = deeds(strategy.num_clients, cohort, facts)
+        if strategy.round % self.every_n_rounds:
+            return
+        metrics = self._measure(strategy, len(cohort), facts)
         for name, value in metrics.items():
             # As a value of this step, so that monitors see it in the validation that follows.
             pl_module.log(name, float(value), on_step=True, on_epoch=False, logger=False)
@@ -120,31 +143,39 @@ class FederationMonitor(Callback):
         return {
             "consensus_distances": list(self.consensus_distances),
             "accuracies": {name: list(points) for name, points in self.accuracies.items()},
+            "participation": dict(self.participation),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.consensus_distances = list(state_dict["consensus_distances"])
         self.accuracies = {name: list(points) for name, points in state_dict["accuracies"].items()}
+        self.participation = dict(state_dict["participation"])
 
-    def _measure(self, strategy: FederatedStrategy, round: int) -> dict[str, float]:
+    def _measure(self, strategy: FederatedStrategy, cohort_size: int, facts: RoundFacts) -> dict[str, float]:
         """The logged facts of a round that has just ended; a collective call."""
         model = strategy.consensus(strategy.bank.rows.matrix, strategy.exchange).clone()
         update_norm, self._model = norm_of_change(self._model, model), model
         distance, sent = strategy.consensus_distance(), strategy.exchange.total_bytes
         self.consensus_distances.append((strategy.round, sent, distance))
-        return {
-            "fed/round": strategy.round,
-            "fed/cohort_size": strategy.participation.cohort(round, strategy.num_clients, strategy.seed).size,
-            "fed/consensus_distance": distance,
-            "fed/bytes_sent": sent,
-            "fed/update_norm": update_norm,
+        numbers: dict[str, float] = {
+            "round": strategy.round,
+            "cohort_size": cohort_size,
+            "consensus_distance": distance,
+            "bytes_sent": sent,
+            "update_norm": update_norm,
+            **facts.numbers,
         }
+        if strategy.clock is not None:
+            numbers["virtual_seconds"] = strategy.clock.elapsed
+            numbers["training_seconds"] = strategy.clock.training_seconds
+        return {f"fed/{name}": value for name, value in numbers.items()}
 
     def _forget_after(self, round: int) -> None:
         """Drop what an earlier fit of this object did beyond the round from which this one starts."""
         self.consensus_distances = [point for point in self.consensus_distances if point[0] <= round]
         kept = {name: [point for point in points if point[0] <= round] for name, points in self.accuracies.items()}
         self.accuracies = {name: points for name, points in kept.items() if points}
+        self.participation = {done: deeds for done, deeds in self.participation.items() if done <= round}
 
     def _draw_setting(self, trainer: Trainer, strategy: FederatedStrategy) -> None:
         counts = known_label_counts(trainer, strategy)
@@ -161,6 +192,10 @@ class FederationMonitor(Callback):
             self._save(trainer, "progress", draw_progress(self.accuracies, self.consensus_distances))
         if self.accuracies:
             self._save(trainer, "bytes", draw_bytes(self.accuracies))
+        rounds = sorted(self.participation)
+        deeds_RN = np.array([np.frombuffer(self.participation[round], dtype=np.uint8) for round in rounds])
+        if (deeds_RN != TRAINED).any():
+            self._save(trainer, "participation", draw_participation(rounds, deeds_RN.T))
 
     def _save(self, trainer: Trainer, name: str, figure: Figure) -> None:
         """Write an image, and show it to the loggers that take images."""
@@ -200,6 +235,20 @@ def accuracies_in(trainer: Trainer) -> dict[str, float]:
     }
 
 
+def deeds(num_clients: int, cohort: np.ndarray, facts: RoundFacts) -> bytes:
+    """What each client did in a round, as bits of one byte."""
+    did = np.zeros(num_clients, dtype=np.uint8)
+    for deed, clients in (
+        (TRAINED, cohort),
+        (AGGREGATED, facts.aggregators),
+        (JOINED, facts.joined),
+        (LEFT, facts.left),
+        (OFFLINE, facts.offline),
+    ):
+        did[np.asarray(clients, dtype=np.int64)] |= deed
+    return did.tobytes()
+
+
 def norm_of_change(before_P: Tensor, after_P: Tensor) -> float:
     return float(torch.linalg.vector_norm((after_P - before_P).float()))
 
@@ -220,83 +269,3 @@ def known_label_counts(trainer: Trainer, strategy: FederatedStrategy) -> np.ndar
         return label_counts(strategy.shards, labels, int(labels.max()) + 1)
     except ValueError:  # no labels, or no classes: a regression, a language model
         return None
-
-
-def draw_labels(counts_NK: np.ndarray) -> Figure:
-    """A heat map: who holds which classes."""
-    from matplotlib.ticker import MaxNLocator
-
-    num_clients, num_classes = counts_NK.shape
-    figure = new_figure(width=min(4 + num_clients / 16, 12), height=min(2 + num_classes / 6, 8))
-    axes = figure.add_subplot()
-    image = axes.imshow(counts_NK.T, aspect="auto", origin="lower", cmap="Blues", vmin=0, interpolation="nearest")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
-    axes.set(xlabel="client", ylabel="class", title=f"Training samples of {num_clients} clients")
-    axes.spines[:].set_visible(False)
-    figure.colorbar(image, label="samples").outline.set_visible(False)
-    return figure
-
-
-def draw_topology(topology: Topology, num_clients: int) -> Figure:
-    """The graph, large enough for every client to be told from its neighbours."""
-    side = 4 + num_clients / 16
-    figure = new_figure(side, side)
-    axes = topology.plot(num_clients, figure.add_subplot(aspect="equal"))
-    axes.title.set_fontsize(4 + 2 * side)
-    return figure
-
-
-def draw_progress(accuracies: dict[str, Points], consensus_distances: Points) -> Figure:
-    """Two panels over the same rounds: validation accuracy, and consensus distance."""
-    from matplotlib.ticker import MaxNLocator
-
-    figure = new_figure(7, 6 if accuracies else 3.2)
-    panels = figure.subplots(2 if accuracies else 1, 1, sharex=True, squeeze=False)[:, 0]
-    if accuracies:
-        plot_accuracies(panels[0], accuracies, x=0)
-    rounds, _, distances = zip(*consensus_distances)
-    bottom = panels[-1]
-    plot_line(bottom, rounds, distances, color="C3")
-    if min(distances) > 0 and max(distances) / min(distances) > LOG_SCALE_FROM_RATIO:
-        bottom.set_yscale("log")
-    else:
-        bottom.set_ylim(bottom=0)
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    bottom.set(xlabel="round", ylabel="consensus distance\n(norm of parameters)")
-    return figure
-
-
-def draw_bytes(accuracies: dict[str, Points]) -> Figure:
-    """What an accuracy costs."""
-    from matplotlib.ticker import EngFormatter
-
-    figure = new_figure(7, 4)
-    axes = figure.add_subplot()
-    plot_accuracies(axes, accuracies, x=1)
-    axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
-    axes.set_xlim(left=0)
-    axes.set_xlabel("bytes sent by clients and server")
-    return figure
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of this size in inches that no pyplot state knows of."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def plot_accuracies(axes: Axes, accuracies: dict[str, Points], x: int) -> None:
-    """One line for each metric; ``x`` is the place of the abscissa in a point."""
-    for name, points in sorted(accuracies.items()):
-        plot_line(axes, [point[x] for point in points], [point[2] for point in points], label=name)
-    axes.set_ylabel("validation accuracy")
-    if len(accuracies) > 1:
-        axes.legend(frameon=False)
-
-
-def plot_line(axes: Axes, x: Any, y: Any, **style: Any) -> None:
-    axes.plot(x, y, marker="o" if len(x) <= MARKED_POINTS else None, markersize=4, **style)
-    axes.grid(color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)

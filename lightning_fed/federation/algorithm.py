@@ -6,6 +6,8 @@ Shapes: C = clients on this rank, P = trainable parameters, B = float buffer num
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +17,26 @@ from lightning_fed.federation.exchange import Exchange
 
 if TYPE_CHECKING:
     from lightning_fed.federation.clients import ClientBank
+    from lightning_fed.federation.sampler import JointBatch
     from lightning_fed.federation.virtual_clock import VirtualClock
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """What an algorithm tells callbacks of a round, beside the cohort that the participation knows.
+
+    Attributes:
+        numbers: what should be logged, by name.
+        aggregators: clients that averaged the round's models.
+        joined: clients that came online in the round; ``left``: those that went offline, with or without a goodbye.
+        offline: clients that were offline when it ended.
+    """
+
+    numbers: dict[str, float] = field(default_factory=dict)
+    aggregators: Sequence[int] = ()
+    joined: Sequence[int] = ()
+    left: Sequence[int] = ()
+    offline: Sequence[int] = ()
 
 
 class Algorithm(ABC):
@@ -30,6 +51,9 @@ class Algorithm(ABC):
 
     def start_round(self, rows: Tensor, buffers: Tensor, exchange: Exchange) -> None:
         """What happens before the first local step of a round, for example the download of a server's model."""
+
+    def after_joint_step(self, joint: JointBatch) -> None:
+        """What happens when this rank's clients have taken a local step each, before the round is over."""
 
     def pass_time(self, clock: VirtualClock, cohort: np.ndarray, local_steps: np.ndarray) -> None:
         """Let a round's local steps pass on the virtual clock, if there is one; called before :meth:`mix`.
@@ -66,6 +90,10 @@ class Algorithm(ABC):
     def consensus_buffers(self, buffers: Tensor, exchange: Exchange) -> Tensor:
         """The float buffers of that model, ``[B]``."""
         return exchange.mean(buffers)
+
+    def round_facts(self, round: int) -> RoundFacts:
+        """What callbacks may log and draw of a round that has ended, from 0; equal on all ranks."""
+        return RoundFacts()
 
     def algorithm_state(self) -> dict[str, Any]:
         """State of the algorithm that a resumed run needs, equal on all ranks: tensors and plain values."""

@@ -19,10 +19,21 @@ from matplotlib.image import imread
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_fed import MembershipSchedule, VirtualClock
 from lightning_fed.callbacks import FederationMonitor
-from lightning_fed.callbacks.federation_monitor import draw_labels, draw_topology
+from lightning_fed.callbacks.federation_plots import (
+    AGGREGATED,
+    COLOURS,
+    JOINED,
+    LEFT,
+    OFFLINE,
+    TRAINED,
+    draw_labels,
+    draw_participation,
+    draw_topology,
+)
 from lightning_fed.data import ClientDataModule
-from lightning_fed.strategies import FedAvgStrategy, GossipStrategy
+from lightning_fed.strategies import FedAvgStrategy, GossipStrategy, MoDeSTStrategy
 from lightning_fed.topology import Ring
 
 N, P = 5, 3 * 2 + 2
@@ -176,7 +187,7 @@ def test_without_labels_topology_or_validation_the_other_pictures_are_drawn(tmp_
     trainer = trainer_of(FedAvgStrategy(num_clients=N), FederationMonitor(str(tmp_path / "here")))
     with caplog.at_level("INFO"):
         trainer.fit(Regression(), DataLoader(data, 4))
-    assert [path.name for path in (tmp_path / "here").iterdir()] == ["progress.png"]
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["progress.png"]  # all trained in all rounds
     assert caplog.text.count("no labels.png") == 1
 
 
@@ -220,10 +231,95 @@ def test_a_resumed_run_draws_whole_curves(tmp_path):
     assert list(whole.accuracies) == ["val_acc"]
 
 
+def modest(**settings: Any) -> MoDeSTStrategy:
+    """Client 4 comes in round 2, clients 0 and 1 crash in round 3, client 0 returns in round 5."""
+    schedule = MembershipSchedule(joins={2: [4], 5: [0]}, crashes={3: [0, 1]})
+    defaults: dict[str, Any] = {"num_clients": N, "sample_size": 2, "seed": 1, "availability": schedule}
+    return MoDeSTStrategy(**{**defaults, **settings})
+
+
+def test_the_rounds_of_modest_are_logged(tmp_path):
+    strategy = modest(clock=VirtualClock(seconds_per_step=0.5))
+    trainer = trainer_of(strategy, FederationMonitor(), logger=CSVLogger(tmp_path), max_epochs=6)
+    trainer.fit(Linear(), *loaders())
+    logged = rows_of(Path(trainer.log_dir) / "metrics.csv")
+    plans = [strategy.plan(round) for round in range(6)]
+    assert column(logged, "fed/live_nodes") == [plan.live for plan in plans] == [4, 5, 3, 3, 4, 4]
+    assert column(logged, "fed/aggregators") == [len(plan.averages) for plan in plans]
+    assert column(logged, "fed/ping_timeouts") == [plan.ping_timeouts for plan in plans]
+    assert sum(column(logged, "fed/ping_timeouts")) > 0
+    assert column(logged, "fed/models_received") == [plan.models_received for plan in plans]
+    assert column(logged, "fed/restarts") == [plan.restarts for plan in plans]
+    assert column(logged, "fed/round_seconds") == pytest.approx([plan.ended - plan.began for plan in plans])
+    assert column(logged, "fed/virtual_seconds") == pytest.approx([plan.ended for plan in plans])
+    trained = np.cumsum([plan.training_seconds for plan in plans])
+    assert column(logged, "fed/training_seconds") == pytest.approx(trained)
+    assert is_a_picture(Path(trainer.log_dir) / "federation" / "participation.png")
+
+
+def test_a_virtual_clock_is_logged_for_any_algorithm():
+    trainer = trainer_of(
+        GossipStrategy(num_clients=N, clock=VirtualClock(seconds_per_step=0.5, latency=0.25, bandwidth=float("inf"))),
+        FederationMonitor(plots=False),
+    )
+    trainer.fit(Linear(), *loaders())
+    assert trainer.callback_metrics["fed/virtual_seconds"] == 3 * (2 * 0.5 + 0.25)
+    assert trainer.callback_metrics["fed/training_seconds"] == 3 * N * 2 * 0.5
+
+
+def test_who_trained_when_is_recorded():
+    monitor, strategy = FederationMonitor(plots=False, every_n_rounds=4), modest()
+    trainer_of(strategy, monitor, max_epochs=6).fit(Linear(), *loaders())
+    deeds = np.array([list(monitor.participation[round]) for round in range(1, 7)])
+    for round, did in enumerate(deeds):
+        plan = strategy.plan(round)
+        assert np.flatnonzero(did & TRAINED).tolist() == sorted(plan.starts)
+        assert np.flatnonzero(did & AGGREGATED).tolist() == sorted(plan.averages)
+    assert np.argwhere(deeds & JOINED).tolist() == [[1, 4], [4, 0]]
+    assert np.argwhere(deeds & LEFT).tolist() == [[2, 0], [2, 1]]
+    assert np.argwhere(deeds & OFFLINE).tolist() == [[0, 4], [2, 0], [2, 1], [3, 0], [3, 1], [4, 1], [5, 1]]
+
+
+def test_a_sampled_cohort_is_recorded_and_drawn(tmp_path):
+    monitor, strategy = FederationMonitor(str(tmp_path)), FedAvgStrategy(num_clients=N, cohort_size=2)
+    trainer_of(strategy, monitor).fit(Linear(), *loaders())
+    for round in range(3):
+        cohort = strategy.participation.cohort(round, N, strategy.seed)
+        assert np.flatnonzero(list(monitor.participation[round + 1])).tolist() == cohort.tolist()
+    assert is_a_picture(tmp_path / "participation.png")
+
+
+def test_a_resumed_run_draws_who_trained_from_the_first_round(tmp_path):
+    monitor, whole, resumed = (FederationMonitor(plots=False) for _ in range(3))
+    trainer = trainer_of(modest(), monitor, max_epochs=3)
+    trainer.fit(Linear(), *loaders())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    torch.load(tmp_path / "half.ckpt", weights_only=True)
+    trainer_of(modest(), resumed, max_epochs=6).fit(Linear(), *loaders(), ckpt_path=tmp_path / "half.ckpt")
+    trainer_of(modest(), whole, max_epochs=6).fit(Linear(), *loaders())
+    assert list(whole.participation) == [1, 2, 3, 4, 5, 6]
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_a_thousand_clients_and_many_rounds_are_a_raster_in_which_every_crash_is_seen(tmp_path):
+    deeds = np.zeros((1000, 1500), dtype=np.uint8)
+    deeds[np.random.default_rng(0).integers(0, 1000, (13, 1500)), np.arange(1500)] = TRAINED
+    deeds[7, 1234] = LEFT
+    figure = draw_participation(list(range(1, 1501)), deeds)
+    cells = np.asarray(figure.axes[0].images[0].get_array())
+    assert cells.shape == (1000, 500)
+    crash = 1 + [bit for bit, _, _ in COLOURS].index(LEFT)
+    assert np.argwhere(cells == crash).tolist() == [[7, 1234 // 3]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["trained", "went offline"]
+    figure.savefig(tmp_path / "participation.png")
+    assert is_a_picture(tmp_path / "participation.png")
+
+
 def test_a_second_federation_begins_new_curves():
     monitor = FederationMonitor(plots=False)
     for _ in range(2):
         trainer_of(GossipStrategy(num_clients=N), monitor).fit(Linear(), *loaders())
+        assert list(monitor.participation) == [1, 2, 3]
         assert [point[0] for point in monitor.consensus_distances] == [1, 2, 3]
         assert [point[0] for point in monitor.accuracies["val_acc"]] == [1, 2, 3]
 
