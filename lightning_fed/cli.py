@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import lightning_fed
 import lightning_fed.callbacks
 import lightning_fed.data
 import lightning_fed.modules  # noqa: F401
+from lightning_fed import launch
 
 PICTURE_SUFFIXES = {".png", ".svg", ".pdf", ".gif"}
 
@@ -82,11 +84,14 @@ def results(trainer: Trainer) -> Iterator[tuple[str, str]]:
 
 
 def main(args: ArgsType = None) -> None:
-    """Run ``lightning-fed``.
+    """Run ``lightning-fed``: LightningCLI's subcommands, and ``launch`` (see :mod:`lightning_fed.launch`).
 
     Args:
         args: what follows the program's name; by default that of this process.
     """
+    arguments = sys.argv[1:] if args is None else args
+    if isinstance(arguments, list) and arguments[:1] == ["launch"]:
+        sys.exit(launch.main(arguments[1:]))
     # Lightning's use of torch's trees, of which a user can change nothing.
     warnings.filterwarnings("ignore", ".*LeafSpec")
     FederatedCLI(args)

@@ -48,7 +48,8 @@ class FederationCheckpoint:
         """Write this rank's clients, and put the header into the ordinary checkpoint; returns the directory."""
         bank, layout = strategy.bank, strategy.layout
         directory = path.with_name(f"{path.stem}.federation-{strategy.broadcast(uuid.uuid4().hex[:8])}")
-        blocks = [layout.clients_of(host) for host in range(layout.num_hosts)]
+        hosts = [strategy.global_rank] if strategy.is_elastic else range(layout.num_hosts)
+        blocks = [layout.clients_of(host) for host in hosts]
         checkpoint[KEY] = {
             "algorithm": type(strategy).__name__,
             "num_clients": layout.num_clients,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -35,6 +37,10 @@ class Companion(Callback):
         # Every batch would begin with a broadcast that keeps the ranks in lock step, and that pairs with other
         # collectives as soon as one rank has more batches.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        if self.strategy.is_elastic:
+            self._leave_to_leader(trainer)
+            if not self.strategy.is_global_zero:
+                self._log_apart(trainer)
         # What steps log is reduced over ranks already; what hooks log is compared if it is monitored.
         warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True")
         before_transfer = type(pl_module)._on_before_batch_transfer
@@ -52,7 +58,35 @@ class Companion(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pl_module.__dict__.pop("_on_before_batch_transfer", None)
-        trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
+        for replaced in ("_broadcast_sigterm_tensor", "_should_check_val_fx"):
+            trainer.fit_loop.epoch_loop.__dict__.pop(replaced, None)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            for replaced in ("_should_skip_check", "_should_skip_saving_checkpoint"):
+                callback.__dict__.pop(replaced, None)
+
+    def _log_apart(self, trainer: Trainer) -> None:
+        """A rank that takes over must log beside what other leaders have logged: a CSVLogger would delete that."""
+        for logger in trainer.loggers:
+            if getattr(logger, "_experiment", None) is None and hasattr(logger, "_version"):
+                version = f"version_{logger.version}" if isinstance(logger.version, int) else logger.version
+                logger._version = f"{version}_rank_{self.strategy.global_rank}"
+
+    def _leave_to_leader(self, trainer: Trainer) -> None:
+        """In an elastic federation one rank validates, and only there callbacks find the metrics that they monitor."""
+        strategy, loop = self.strategy, trainer.fit_loop.epoch_loop
+        is_due = loop._should_check_val_fx
+        loop._should_check_val_fx = lambda data_fetcher: (  # type: ignore[method-assign]
+            strategy.is_global_zero and is_due(data_fetcher)
+        )
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            for skips in ("_should_skip_check", "_should_skip_saving_checkpoint"):
+                if isinstance(callback, (EarlyStopping, ModelCheckpoint)) and hasattr(type(callback), skips):
+                    callback.__dict__[skips] = partial(self._is_not_mine, getattr(type(callback), skips), callback)
+
+    def _is_not_mine(self, skips: Callable[[Any, Trainer], bool], callback: Callback, trainer: Trainer) -> bool:
+        return not self.strategy.is_global_zero or skips(callback, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loader = trainer.fit_loop._combined_loader
@@ -93,7 +127,14 @@ class Companion(Callback):
     ) -> None:
         self.strategy.local_step.logs.publish_step()
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        peers = self.strategy.peers
+        if peers is not None and trainer.should_stop and not peers.is_stopped and self.strategy.is_global_zero:
+            peers.stop()
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.strategy.peers is not None and self.strategy.peers.is_stopped:
+            trainer.should_stop = True
         self.strategy.local_step.logs.publish_epoch(self.strategy.gather_objects)
         if self.strategy.joint_index:
             rank_zero_warn(

@@ -9,10 +9,15 @@ import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.strategy import _ForwardRedirection
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.device_mesh import init_device_mesh
 
+from lightning_fed.federation.elastic_exchange import ElasticExchange
+from lightning_fed.federation.elastic_launcher import ElasticScriptLauncher
 from lightning_fed.federation.exchange import CollectiveExchange, Exchange, LoopbackExchange
 from lightning_fed.federation.layout import Layout
+from lightning_fed.federation.peers import Peers
+from lightning_fed.federation.settings import check_choice
 
 
 class FederationProcesses(DDPStrategy):
@@ -27,10 +32,13 @@ class FederationProcesses(DDPStrategy):
         process_group_backend: of ``torch.distributed``; by default NCCL on GPUs and gloo on CPUs.
         timeout: seconds that a rank waits for another one.
         start_method: how Lightning starts ranks when no launcher such as torchrun or SLURM has.
+        on_peer_loss: ``"raise"``: all ranks must live. ``"drop"``: those that live go on (an *elastic* federation).
+        ping_timeout: seconds in which a living rank of an elastic federation answers.
 
     Attributes:
         exchange: how the clients' rows meet.
         replicas: the ranks that train one client with this one; None if ``ranks_per_client`` is 1.
+        peers: the other ranks of an elastic federation, during a fit; else None.
     """
 
     def __init__(
@@ -40,7 +48,17 @@ class FederationProcesses(DDPStrategy):
         process_group_backend: str | None,
         timeout: float,
         start_method: Literal["popen", "spawn", "fork", "forkserver"],
+        on_peer_loss: Literal["raise", "drop"],
+        ping_timeout: float,
     ) -> None:
+        check_choice("on_peer_loss", on_peer_loss, "raise", "drop")
+        if not ping_timeout > 0:
+            raise ValueError(f"ping_timeout={ping_timeout} must be more than 0 seconds.")
+        if on_peer_loss == "drop" and ranks_per_client > 1:
+            raise ValueError(
+                f"ranks_per_client={ranks_per_client} makes ranks average gradients at every step, where all must "
+                "live, but on_peer_loss='drop' lets them die: use ranks_per_client=1, or on_peer_loss='raise'."
+            )
         super().__init__(
             process_group_backend=process_group_backend,
             timeout=timedelta(seconds=timeout),
@@ -48,7 +66,13 @@ class FederationProcesses(DDPStrategy):
         )
         self._forward_redirection = _ForwardRedirection()
         self._num_clients = num_clients
+        self._timeout_seconds = timeout
         self.ranks_per_client = ranks_per_client
+        self.on_peer_loss = on_peer_loss
+        self.ping_timeout = ping_timeout
+        self.peers: Peers | None = None
+        self._fits = 0
+        self._leads: bool | None = None  # of an elastic federation, also after its fit
         self.exchange: Exchange = LoopbackExchange(Layout(1))
         self.replicas: dist.ProcessGroup | None = None
 
@@ -71,14 +95,36 @@ class FederationProcesses(DDPStrategy):
         # Lightning reads it for `sync_dist`; DDPStrategy's own property warns on every use.
         return True
 
+    @property
+    def is_elastic(self) -> bool:
+        """Whether ranks may die without the others; one rank alone has nobody to lose."""
+        return self.on_peer_loss == "drop" and self.world_size > 1
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this rank logs, validates and writes checkpoints for all."""
+        if self.peers is not None:
+            self._leads = self.peers.survivors.is_leader
+        return self.global_rank == 0 if self._leads is None else self._leads
+
+    def _configure_launcher(self) -> None:
+        if self.on_peer_loss == "drop" and self._start_method == "popen":
+            assert self.cluster_environment is not None
+            self._launcher = ElasticScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            super()._configure_launcher()
+
     def setup_distributed(self) -> None:
-        """Start the process group; one rank alone needs none."""
+        """Start the process group, or meet the peers; one rank alone needs neither."""
         reset_seed()
         self.set_world_ranks()
         layout = self.layout
         if self.world_size == 1:
             if self.exchange.layout != layout:
                 self.exchange = LoopbackExchange(layout)
+            return
+        if self.is_elastic:
+            self._meet_peers(layout)
             return
         super().setup_distributed()
         if self.exchange.layout == layout and isinstance(self.exchange, CollectiveExchange):
@@ -88,9 +134,29 @@ class FederationProcesses(DDPStrategy):
         self.replicas = mesh.get_group("replica") if self.ranks_per_client > 1 else None
         self.exchange = CollectiveExchange(layout, layout.host_of_rank(self.global_rank), mesh.get_group("client"))
 
+    def _meet_peers(self, layout: Layout) -> None:
+        """Only a fit needs peers: an elastic federation evaluates on each rank alone."""
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self.peers = Peers(self.global_rank, self.world_size, self._fits, self.ping_timeout, self._timeout_seconds)
+        self._fits += 1
+        self.exchange = ElasticExchange(layout, self.peers)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Ranks that may die decide alone; those of a process group together."""
+        return decision if self.is_elastic else super().reduce_boolean_decision(decision, all)
+
+    def teardown(self) -> None:
+        self._leads = self.is_global_zero if self.is_elastic else None
+        peers, self.peers = self.peers, None
+        if peers is not None:
+            peers.close()
+        super().teardown()
+
     def gather_objects(self, value: Any) -> list[Any]:
-        """The (small, picklable) values of all ranks, in rank order."""
-        if self.world_size == 1:
+        """The (small, picklable) values of all ranks, in rank order; of an elastic federation this rank's alone."""
+        if self.world_size == 1 or self.is_elastic:
             return [value]
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)

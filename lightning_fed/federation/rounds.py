@@ -31,6 +31,7 @@ def finish_joint_step(strategy: FederatedStrategy, joint: JointBatch) -> None:
     and before any callback sees the batch's end.
     """
     strategy.joint_index = joint.index + 1
+    strategy.after_joint_step(joint)
     if joint.is_last_of_round:
         finish_round(strategy)
         if strategy.round % strategy.sampler.rounds_per_epoch == 0:
@@ -44,7 +45,8 @@ def finish_round(strategy: FederatedStrategy) -> None:
     bank.bind_nothing()
     if strategy.clock is not None:
         strategy.pass_time(strategy.clock, strategy.cohort, local_steps(strategy))
-    settle_nonfinite(strategy)
+    if not strategy.is_elastic:
+        settle_nonfinite(strategy)
     strategy.mix(bank.rows.matrix, exchange)
     if bank.buffers.width and strategy.float_buffers == "mix":
         strategy.mix_buffers(bank.buffers.matrix, exchange)

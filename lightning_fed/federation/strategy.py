@@ -41,7 +41,7 @@ from lightning_fed.federation.sampler import (
     client_shards,
     federated_loader,
 )
-from lightning_fed.federation.settings import check_choice, check_counts
+from lightning_fed.federation.settings import check_choice, check_counts, check_local_rule, check_schedulers
 from lightning_fed.federation.virtual_clock import VirtualClock
 
 
@@ -66,6 +66,8 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         process_group_backend: of ``torch.distributed``; by default NCCL on GPUs and gloo on CPUs.
         timeout: seconds that a rank waits for another one.
         start_method: how Lightning starts ranks when no launcher such as torchrun or SLURM has.
+        on_peer_loss: ``"raise"``: all ranks must live. ``"drop"``: ranks may die or hang, and the others go on.
+        ping_timeout: seconds in which a rank answers, or is taken for dead, if ``on_peer_loss="drop"``.
         clock: simulated time of local steps and transfers, in which nothing waits; by default no time is counted.
 
     Raises:
@@ -89,6 +91,8 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         process_group_backend: str | None = None,
         timeout: float = 1800.0,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        on_peer_loss: Literal["raise", "drop"] = "raise",
+        ping_timeout: float = 5.0,
         clock: VirtualClock | None = None,
     ) -> None:
         check_counts(num_clients=num_clients, local_epochs=local_epochs, local_steps=local_steps)
@@ -97,7 +101,9 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         check_choice("float_buffers", float_buffers, "mix", "local")
         check_choice("evaluate", evaluate, "consensus", "clients", "both")
         check_choice("on_nonfinite", on_nonfinite, "raise", "drop")
-        super().__init__(num_clients, ranks_per_client, process_group_backend, timeout, start_method)
+        super().__init__(
+            num_clients, ranks_per_client, process_group_backend, timeout, start_method, on_peer_loss, ping_timeout
+        )
         self.participation = participation or FullParticipation()
         self.local_rule = local_rule
         self.local_epochs = local_epochs
@@ -195,7 +201,9 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         fitting = trainer.state.fn == TrainerFn.FITTING
-        if self.world_size > 1:
+        if self.peers is not None:
+            self.peers.require_equal_start(self.lightning_module)
+        elif self.world_size > 1 and not self.is_elastic:
             _sync_module_states(self.lightning_module)
         self._setup_clients(trainer, fitting)
         if fitting:
@@ -239,19 +247,8 @@ class FederatedStrategy(Algorithm, FederationProcesses):
     def _setup_training(self, trainer: Trainer) -> None:
         module = self.lightning_module
         assert module is not None
-        rule = self.local_rule
-        if rule is not None and rule.needs_automatic_optimization and not module.automatic_optimization:
-            raise ValueError(
-                f"{type(rule).__name__} evaluates a minibatch twice, which needs automatic optimization, but "
-                f"{type(module).__name__} has automatic_optimization=False: use another strategy for it."
-            )
-        per_step = [config for config in self.lr_scheduler_configs if config.interval == "step"]
-        if per_step and module.automatic_optimization and self.layout.num_clients > self.layout.num_hosts:
-            raise ValueError(
-                f"the scheduler {type(per_step[0].scheduler).__name__} has interval='step', which has no meaning when "
-                f"several clients share a rank (num_clients={self.num_clients}) and take different numbers of steps: "
-                "use interval='epoch' (once a round)."
-            )
+        check_local_rule(self.local_rule, module)
+        check_schedulers(self.lr_scheduler_configs, module, self.layout, self.is_elastic)
         keep_gradients = not module.automatic_optimization or trainer.accumulate_grad_batches > 1
         self.bank.use_optimizers(self.optimizers, getattr(self.precision_plugin, "scaler", None), keep_gradients)
         self._local_step = LocalStep(self, module)
@@ -265,7 +262,8 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         if trainer.predicting:
             return dataloader
         if not trainer.training:
-            return shard_for_evaluation(dataloader, self.world_size, self.global_rank, self.evaluate)
+            sharers = 1 if self.is_elastic else self.world_size
+            return shard_for_evaluation(dataloader, sharers, self.global_rank, self.evaluate)
         batch_size, shuffle, drop_last = batching_of(dataloader)
         work = LocalWork(
             batch_size=batch_size,
@@ -279,7 +277,8 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         )
         self.shards = client_shards(dataloader.dataset, self.num_clients, self.seed)
         check_shards(self.shards, work)
-        self._sampler = ClientBatchSampler(
+        self._sampler = self.make_sampler(
+            dataloader,
             shards=self.shards,
             clients=self.exchange.clients,
             work=work,
@@ -290,7 +289,13 @@ class FederatedStrategy(Algorithm, FederationProcesses):
             else self.rounds_per_epoch,
             next_position=self.next_position,
         )
+        if self.peers is not None:
+            self.peers.start()
         return federated_loader(dataloader, self._sampler, self.seed)
+
+    def make_sampler(self, loader: DataLoader[Any], **plan: Any) -> ClientBatchSampler:
+        """What draws the clients' minibatches, instead of the sampler of the user's loader."""
+        return ClientBatchSampler(**plan)
 
     def next_position(self) -> tuple[int, int]:
         """The round that the federation has reached, and how many of its joint steps are done."""
@@ -345,7 +350,7 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         bank, exchange = self.bank, self.exchange
         if self.consensus_is_stale:
             with torch.inference_mode(False), torch.no_grad():
-                first_client = np.eye(1, self.num_clients)[0]
+                first_client = np.eye(1, self.num_clients, exchange.clients.start if self.is_elastic else 0)[0]
                 bank.consensus = [
                     self.consensus(bank.rows.matrix, exchange),
                     self.consensus_buffers(bank.buffers.matrix, exchange),
@@ -355,25 +360,20 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         bank.bind_consensus()
 
     def consensus_distance(self) -> float:
-        """``sqrt(mean_i ||x_i - x_bar||^2)`` over all clients' parameters, x_bar their mean; a collective call."""
+        """``sqrt(mean_i ||x_i - x_bar||^2)`` over all clients' parameters, x_bar their mean; a collective call.
+
+        In an elastic federation: over this rank's clients, around the consensus model that this rank has.
+        """
         with torch.inference_mode(False), torch.no_grad():
             rows = self.bank.rows.matrix
-            deviations = (rows - self.exchange.mean(rows)).square().sum(dim=1)
-        return float(np.sqrt(self.exchange.gather_rows(deviations.double().cpu().numpy()).mean()))
+            mean = self.bank.consensus[0] if self.is_elastic else self.exchange.mean(rows)
+            squares = (rows - mean).square().sum(dim=1).double().cpu().numpy()
+        return float(np.sqrt((squares if self.is_elastic else self.exchange.gather_rows(squares)).mean()))
 
     def on_train_end(self) -> None:
         self.refresh_consensus()  # a fit may end in the middle of a round
 
     def on_validation_start(self) -> None:
-        self._start_evaluation()
-
-    def on_test_start(self) -> None:
-        self._start_evaluation()
-
-    def on_predict_start(self) -> None:
-        self._start_evaluation()
-
-    def _start_evaluation(self) -> None:
         assert self.lightning_module is not None
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             self.refresh_consensus()
@@ -414,6 +414,8 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         """The ordinary file holds the consensus model; the clients' states are written beside it, sharded by rank."""
         if "optimizer_states" not in checkpoint or self._bank is None:
             super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        if self.is_elastic and not self.is_global_zero:
             return
         directory = FederationCheckpoint.write_clients(self, checkpoint, Path(filepath))
         self.barrier("every rank has written its clients")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from lightning_fed.modest.messages import Message
 
 
-class Timer(ABC):
+class Timer(Protocol):
     """A callback that is due in the future."""
 
-    @abstractmethod
     def cancel(self) -> None:
         """Forget it."""
 
@@ -37,6 +36,10 @@ class Environment(ABC):
     @abstractmethod
     def average(self, aggregator: int, round: int, models: dict[int, Any]) -> Any:
         """The uniform mean of trained models, by sender: the aggregated model of ``round``."""
+
+    def is_suspected(self, client: int) -> bool:
+        """Whether there is no point in asking a node, because what hosts it has been silent; not known by default."""
+        return False
 
     def ping_timed_out(self, client: int, phase: int) -> None:
         """A node did not answer in time."""

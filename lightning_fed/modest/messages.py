@@ -7,6 +7,9 @@ from typing import Any
 
 from lightning_fed.modest.membership import View
 
+# Of a ping, a pong or an announcement: its numbers.
+SMALL_MESSAGE_BYTES = 16
+
 
 @dataclass
 class Message:

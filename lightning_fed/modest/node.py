@@ -6,7 +6,7 @@ it sends what it has trained to the aggregators of round k + 1, who send their a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,9 +94,9 @@ class Node:
 
     # ---------------------------------------------------------------------------------------------------- training
 
-    def bootstrap(self, sample_size: int) -> None:
-        """Begin round 1 with the common seed model."""
-        self._train(1, self._aggregated[1], sample_size, attempt=0)
+    def bootstrap(self, sample_size: int, round: int = 1) -> None:
+        """Begin a federation, in round 1 with the common seed model."""
+        self._train(round, self._aggregated[1], sample_size, attempt=0)
 
     def _begin(self, message: AggregatedModel) -> None:
         """Train on the first aggregated model of a round; of a restart, deliver once more what is trained already."""
@@ -197,9 +197,15 @@ class Node:
             return (self._result[0], 0), self._result[1]
         return (0, 0), self._aggregated[1]
 
-    def restart(self, round: int, attempt: int) -> None:
-        """Send out a model for a round in which nothing happens any more, to whoever answers."""
-        self._distribute(round, self.best_model(round)[1], phase=round, attempt=attempt)
+    def observe(self, round: int, model: Any) -> None:
+        """Take note of an aggregated model that it was not asked to train."""
+        if round > self._aggregated[0]:
+            self._aggregated = round, model
+
+    def restart(self, round: int, attempt: int, model: Any = None) -> None:
+        """Send out a model, by default its best, for a round in which nothing happens any more, to whoever answers."""
+        model = self.best_model(round)[1] if model is None else model
+        self._distribute(round, model, phase=round, attempt=attempt)
 
     # -------------------------------------------------------------------------------------------------- membership
 
@@ -218,7 +224,12 @@ class Node:
             search.cancel()
         if self._trains:
             self._trains = False
-            self.train_round -= 1  # as if it had not begun
+            self.train_round = self._result[0] if self._result is not None else 0  # as if it had not begun
+
+    def lost(self, clients: Collection[int]) -> None:
+        """Do not wait for the answers of nodes that are known to be gone."""
+        for search in list(self._searches.values()):
+            search.lost(clients)
 
     def _announce(self, joins: bool, phase: int) -> None:
         counter = self.view.counter(self.client) + 1
@@ -244,7 +255,8 @@ class Node:
 
     def _search(self, round: int, wanted: int, phase: int, then: Callable[[list[int]], None]) -> None:
         self._next_search += 1
-        candidates = self.view.candidates(round, self.rules.activity_window, self.client)
+        window = self.rules.window(len(self.view.membership))
+        candidates = self.view.candidates(round, window, self.client)
         search = Search(self, self._next_search, candidates, wanted, phase, then)
         self._searches[search.number] = search
         search.start()
@@ -271,6 +283,7 @@ class Search:
     found: list[int] = field(default_factory=list)
     _asked: dict[int, list[Timer]] = field(default_factory=dict)
     _rest: Iterator[int] = field(init=False)
+    _out_of_candidates: bool = False
     _ended: bool = False
 
     def start(self) -> None:
@@ -286,6 +299,13 @@ class Search:
                 timer.cancel()
             self._add(client)
 
+    def lost(self, clients: Collection[int]) -> None:
+        """Replace candidates that are known to be gone."""
+        for client in [client for client in self._asked if client in clients]:
+            for timer in self._asked.get(client, ()):
+                timer.cancel()
+            self._silent(client)
+
     def cancel(self) -> None:
         """Stop asking."""
         self._ended = True
@@ -293,22 +313,27 @@ class Search:
         for timers in self._asked.values():
             for timer in timers:
                 timer.cancel()
+        self._asked.clear()
 
     def _ask_next(self) -> None:
+        environment, phase = self.node.environment, self.phase
         client = next(self._rest, None)
+        while client is not None and client != self.node.client and environment.is_suspected(client):
+            environment.ping_timed_out(client, phase)
+            client = next(self._rest, None)
         if client is None:
-            self._end_if_done(out_of_candidates=True)
+            self._out_of_candidates = True
+            self._end_if_done()
         elif client == self.node.client:
             self._add(client)
         else:
-            rules, environment = self.node.rules, self.node.environment
+            rules = self.node.rules
             deadlines: tuple[tuple[float, Callable[[], None]], ...] = (
                 (min(PING_AGAIN_SECONDS, rules.ping_timeout / 2), lambda: self._ping(client)),
                 (rules.ping_timeout, lambda: self._silent(client)),
             )
             self._asked[client] = [
-                environment.call_later(self.node.client, seconds, callback, self.phase)
-                for seconds, callback in deadlines
+                environment.call_later(self.node.client, seconds, callback, phase) for seconds, callback in deadlines
             ]
             self._ping(client)
 
@@ -317,16 +342,18 @@ class Search:
         self.node.environment.send(self.node.client, client, ping)
 
     def _silent(self, client: int) -> None:
+        if self._ended:
+            return
         del self._asked[client]
         self.node.environment.ping_timed_out(client, self.phase)
         self._ask_next()
 
     def _add(self, client: int) -> None:
         self.found.append(client)
-        self._end_if_done(out_of_candidates=False)
+        self._end_if_done()
 
-    def _end_if_done(self, out_of_candidates: bool) -> None:
+    def _end_if_done(self) -> None:
         enough = len(self.found) == self.wanted
-        if not self._ended and (enough or (out_of_candidates and not self._asked)):
+        if not self._ended and (enough or (self._out_of_candidates and not self._asked)):
             self.cancel()
             self.then(self.found)

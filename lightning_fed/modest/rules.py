@@ -8,6 +8,10 @@ from typing import Literal
 
 from lightning_fed.federation.settings import check_choice, check_counts
 
+# In rounds (the class default of the code of 2023), and in times that a node is asked on average.
+DEFAULT_WINDOW = 50
+TURNS = 10
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -20,7 +24,7 @@ class Rules:
     aggregation_timeout: float | None
     min_models: int
     ping_timeout: float
-    activity_window: int
+    activity_window: int | None
     restart_timeout: float
 
     def __post_init__(self) -> None:
@@ -38,6 +42,12 @@ class Rules:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be more than 0 seconds.")
+
+    def window(self, num_clients: int) -> int:
+        """The activity window: as set; else 50 rounds, or more where living nodes would wait longer for their turn."""
+        if self.activity_window is not None:
+            return self.activity_window
+        return max(DEFAULT_WINDOW, math.ceil(TURNS * num_clients / self.sample_size))
 
     def models_needed(self, sample_size: int) -> int:
         """How many trained models an aggregator waits for, if its sample was of that size."""

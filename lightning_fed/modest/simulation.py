@@ -23,12 +23,9 @@ from lightning_fed.federation.availability import Availability
 from lightning_fed.federation.virtual_clock import VirtualClock
 from lightning_fed.modest.environment import Environment, Timer
 from lightning_fed.modest.membership import View, hash_order
-from lightning_fed.modest.messages import Announcement, Message, ModelMessage
+from lightning_fed.modest.messages import SMALL_MESSAGE_BYTES, Announcement, Message, ModelMessage
 from lightning_fed.modest.node import Node
 from lightning_fed.modest.rules import Rules
-
-# Round and number of a search, or of an announcement, as two int64.
-SMALL_MESSAGE_BYTES = 16
 
 
 class Model(NamedTuple):
@@ -83,7 +80,7 @@ class RoundPlan:
     ended: float = 0.0
 
 
-class Event(Timer):
+class Event:
     """A callback in the simulation's queue.
 
     Attributes:
@@ -100,6 +97,7 @@ class Event(Timer):
         self.callback: Callable[[], None] | None = callback
 
     def cancel(self) -> None:
+        """Forget it."""
         if self.callback is not None:
             self.callback = None
             self.simulation.ended(self)
@@ -193,7 +191,7 @@ class Simulation(Environment):
             return
         seconds = 1.0 if self.clock is None else self.clock.compute_seconds(client, self.local_steps(client))
         plan = self._plan(round)
-        if not plan.starts:
+        if not plan.starts and not plan.cancelled:
             plan.began, plan.live = self.now, int(self.online.sum())
         plan.starts[client] = model
 
@@ -274,7 +272,10 @@ class Simulation(Environment):
         best = max(live, key=lambda node: (node.best_model(round)[0], -order.index(node.client)))
         self._attempts += 1
         self._plan(round).restarts += 1
-        best.restart(round, self._attempts)
+        model = best.best_model(round)[1]
+        if not model.is_trained and model.round < round:  # an average that nobody has trained on is not kept for ever
+            model = SEED_MODEL
+        best.restart(round, self._attempts, model)
 
     def _interrupt(self, client: int) -> None:
         if client in self._training:

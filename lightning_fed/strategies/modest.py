@@ -5,21 +5,28 @@ Shapes: N = clients (the nodes), C = clients on this rank, P = numbers in a row.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_fed.federation.algorithm import RoundFacts
 from lightning_fed.federation.availability import AlwaysOn, Availability
 from lightning_fed.federation.clients import ClientBank
 from lightning_fed.federation.exchange import Exchange
 from lightning_fed.federation.participation import Participation
+from lightning_fed.federation.sampler import ClientBatchSampler, JointBatch
 from lightning_fed.federation.strategy import FederatedStrategy
+from lightning_fed.federation.task_sampler import TaskSampler
 from lightning_fed.federation.virtual_clock import VirtualClock
+from lightning_fed.modest.live import LiveFederation
 from lightning_fed.modest.rules import Rules
 from lightning_fed.modest.simulation import SEED_MODEL, FederationDied, Model, RoundPlan, Simulation
 
@@ -48,7 +55,8 @@ class MoDeSTStrategy(FederatedStrategy):
             or drops what it has; by default it waits.
         min_models: see there.
         ping_timeout: seconds in which a node answers a ping, or is replaced by the next in hash order.
-        activity_window: rounds without a sign of life after which a node is no longer asked.
+        activity_window: rounds without a sign of life after which a node is no longer asked; by default 50, or ten
+            times N / s if that is more, so that nodes are not forgotten while they wait for their turn.
         restart_timeout: seconds without any progress after which the newest model that a live node has is sent to a
             new sample.
         availability: when nodes are there; by default always.
@@ -68,7 +76,7 @@ class MoDeSTStrategy(FederatedStrategy):
         aggregation_timeout: float | None = None,
         min_models: int = 3,
         ping_timeout: float = 5.0,
-        activity_window: int = 50,
+        activity_window: int | None = None,
         restart_timeout: float = 60.0,
         availability: Availability | None = None,
         **federation: Any,
@@ -84,11 +92,13 @@ class MoDeSTStrategy(FederatedStrategy):
             activity_window=activity_window,
             restart_timeout=restart_timeout,
         )
-        super().__init__(participation=HashSample(self), **federation)
+        super().__init__(participation=HashSample(self), ping_timeout=ping_timeout, **federation)
         self.availability = availability or AlwaysOn()
         self._simulation: Simulation | None = None
         self._models: dict[Model, list[Tensor]] = {}
         self._online: list[np.ndarray] = []
+        self._live: LiveFederation | None = None
+        self._trained_here: dict[int, set[int]] = {}
 
     # ------------------------------------------------------------------------------------------------------ protocol
 
@@ -119,8 +129,14 @@ class MoDeSTStrategy(FederatedStrategy):
         except FederationDied as death:
             raise RuntimeError(f"{death}: {self._last_checkpoint()}.") from None
 
+    def trained_in(self, round: int) -> Collection[int]:
+        """The clients that train in a round; between real processes, those of this rank that have begun to."""
+        return self.plan(round).starts if self._live is None else self._trained_here.get(round, ())
+
     def setup_distributed(self) -> None:
         self.availability.validate(self.num_clients)
+        if self.is_elastic:
+            refuse_simulation(self)
         super().setup_distributed()
 
     # ------------------------------------------------------------------------------------------------------ numbers
@@ -132,6 +148,8 @@ class MoDeSTStrategy(FederatedStrategy):
         self._newest = SEED_MODEL
 
     def start_round(self, rows: Tensor, buffers: Tensor, exchange: Exchange) -> None:
+        if self._live is not None:
+            return
         starts = self.plan(self.round).starts
         matrices = [rows, buffers] if self.float_buffers == "mix" else [rows]
         for source in {model for model in starts.values() if model.is_trained}:  # a restart from somebody's own model
@@ -148,24 +166,36 @@ class MoDeSTStrategy(FederatedStrategy):
         clock.training_seconds += plan.training_seconds
 
     def mix(self, rows: Tensor, exchange: Exchange) -> None:
+        if self._live is not None:
+            self._adopt_newest(exchange)
+            return
+        starts = self._next_starts()  # first, for an average of this round may still be added meanwhile
         plan, next_round = self.plan(self.round), self.round + 2
         exchange.sent_bytes += plan.sent_bytes
         averages = [Model(next_round, aggregator, False) for aggregator in plan.averages]
         self._newest = averages[0]
-        used = {self._newest, *self.plan(self.round + 1).starts.values()}
+        used = {self._newest, *starts}
         self._models = {SEED_MODEL: self._models[SEED_MODEL]}
         for model in used.intersection(averages):
             self._models[model] = [exchange.average(rows, self._weights(model))]  # 1/m sum of the m models that arrived
 
+    def _next_starts(self) -> set[Model]:
+        """The models from which the next round begins; none if the federation dies in it, which is told then."""
+        try:
+            return set(self.simulation.plan(self.round + 2).starts.values())
+        except FederationDied:
+            return set()
+
     def mix_buffers(self, buffers: Tensor, exchange: Exchange) -> None:
         for model, vectors in self._models.items():
-            if model != SEED_MODEL:
+            if self._live is None and model != SEED_MODEL:
                 vectors.append(exchange.average(buffers, self._weights(model)))
 
     def _weights(self, model: Model) -> np.ndarray:
         """Of the clients in an average, ``[N]``."""
         contributors = np.array(self.plan(self.round).averages[model.client])
-        contributors = np.setdiff1d(contributors, self.dropped) if len(self.dropped) else contributors
+        kept = np.setdiff1d(contributors, self.dropped)
+        contributors = kept if len(kept) else contributors  # if all were dropped, their rows are the mean of the others
         weights = np.zeros(self.num_clients)
         weights[contributors] = 1 / len(contributors)
         return weights
@@ -181,6 +211,8 @@ class MoDeSTStrategy(FederatedStrategy):
     # --------------------------------------------------------------------------------------------------------- facts
 
     def round_facts(self, round: int) -> RoundFacts:
+        if self._live is not None:
+            return RoundFacts(self._live.counts_of_round())
         plan = self.plan(round)
         numbers = {
             "live_nodes": plan.live,
@@ -201,6 +233,85 @@ class MoDeSTStrategy(FederatedStrategy):
                 online[client] = not online[client]
             self._online.append(online)
         return self._online[round + 1]
+
+    # ---------------------------------------------------------------------------------------------- real processes
+
+    def make_sampler(self, loader: DataLoader[Any], **plan: Any) -> ClientBatchSampler:
+        if self.peers is None:
+            return super().make_sampler(loader, **plan)
+        if self._live is None or self._live.network is not self.peers.network:
+            assert self.lightning_module is not None
+            epochs, survivors = self.lightning_module.trainer.max_epochs, self.peers.survivors
+            self._live = LiveFederation(
+                self.peers,
+                self.layout,
+                self.rules,
+                self.seed,
+                round=self.round + 1,
+                model=torch.cat(self._models[self._newest]).cpu(),
+                sent_bytes=self.exchange.sent_bytes,
+                last_round=epochs + 1 if epochs is not None and epochs >= 0 else math.inf,
+                leader=lambda: survivors.leader,
+            )
+        lookahead = 1 + loader.num_workers * (loader.prefetch_factor or 0)
+        return TaskSampler(self._take, lookahead, **plan)
+
+    def _take(self, round: int) -> list[int] | None:
+        """Wait for clients of this rank to train in a round, and give them the models from which they start."""
+        assert self._live is not None and self.peers is not None
+        self.peers.survivors.update()
+        tasks = self._live.take(round + 1)
+        if tasks is None:
+            return None
+        self.bank.bind_nothing()
+        for client, model in tasks.items():
+            for row, part in zip(self._parts_of(client), model.split(self._widths())):
+                row.copy_(part)
+            if self.optimizer_state_policy == "reset":
+                self.bank.forget(client)
+        self._trained_here.setdefault(round, set()).update(tasks)
+        return sorted(tasks)
+
+    def after_joint_step(self, joint: JointBatch) -> None:
+        """Send out the models of clients that have done their work."""
+        if self._live is None or not joint.parts:
+            return
+        self._live.give_sign()
+        minibatches = self.sampler.work.batches_per_round
+        done = [part.client for part in joint.parts if part.index + 1 == minibatches(len(self.shards[part.client]))]
+        if done:
+            self.bank.bind_nothing()
+        for client in done:
+            model = torch.cat(self._parts_of(client)).cpu()
+            if bool(torch.isfinite(model).all()):
+                self._live.trained(client, joint.round + 1, model)
+            elif self.on_nonfinite == "raise":
+                raise RuntimeError(
+                    f"the model of client {client} is not finite at the end of round {joint.round}: lower the learning "
+                    "rate or clip gradients, or set on_nonfinite='drop' to go on without it."
+                )
+
+    def _parts_of(self, client: int) -> list[Tensor]:
+        """What of a client travels: parameters, and float buffers unless they are local."""
+        matrices = (self.bank.rows, self.bank.buffers) if self.float_buffers == "mix" else (self.bank.rows,)
+        return [matrix.matrix[self.bank.slot(client)] for matrix in matrices]
+
+    def _widths(self) -> list[int]:
+        return [len(part) for part in self._parts_of(self.exchange.clients.start)]
+
+    def _adopt_newest(self, exchange: Exchange) -> None:
+        """The round is over: take its aggregated model, which the leader is shown, or the newest that is here."""
+        assert self._live is not None
+        awaits = self.is_global_zero or self.round + 2 == self._live.last_round
+        patience = self.ping_timeout if awaits else 0.0
+        model = self._live.await_model(self.round + 2, patience)
+        exchange.sent_bytes[:] = self._live.count_bytes()
+        self._newest = Model(self.round + 2, SEED_MODEL.client, False)
+        device = self.bank.rows.matrix.device
+        self._models = {
+            SEED_MODEL: self._models[SEED_MODEL],
+            self._newest: [part.to(device) for part in model.split(self._widths())],
+        }
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
@@ -229,7 +340,11 @@ class MoDeSTStrategy(FederatedStrategy):
     def _protocol(self) -> dict[str, Any]:
         """All that the course of the protocol depends on, beside the data: a resumed run repeats it."""
         availability = {"availability": type(self.availability).__name__, **vars(self.availability)}
-        return {**asdict(self.rules), **{name: str(value) for name, value in availability.items()}}
+        return {
+            **asdict(self.rules),
+            **{name: str(value) for name, value in availability.items()},
+            "on_peer_loss": "drop" if self.is_elastic else "raise",
+        }
 
     def _last_checkpoint(self) -> str:
         """Where a federation that has died can be taken up again, for a message."""
@@ -249,7 +364,7 @@ class HashSample(Participation):
         self.strategy = strategy
 
     def cohort(self, round: int, num_clients: int, seed: int) -> np.ndarray:
-        return np.array(sorted(self.strategy.plan(round).starts), dtype=np.int64)
+        return np.array(sorted(self.strategy.trained_in(round)), dtype=np.int64)
 
     def validate(self, num_clients: int) -> None:
         if self.strategy.rules.sample_size > num_clients:
@@ -262,3 +377,20 @@ class HashSample(Participation):
 def saved_by(callback: ModelCheckpoint) -> list[str]:
     """The files that a callback has written and not deleted."""
     return [path for path in (callback.last_model_path, *callback.best_k_models, callback.best_model_path) if path]
+
+
+def refuse_simulation(strategy: MoDeSTStrategy) -> None:
+    """Real processes live and die in real time, and see their own clients only.
+
+    Raises:
+        ValueError: naming the setting that asks for something else.
+    """
+    way_out = "but with on_peer_loss='drop' rounds are those of real processes, which know each other by messages alone"
+    for setting, is_asked, instead in (
+        ("availability", not isinstance(strategy.availability, AlwaysOn), "leave it out"),
+        ("clock", strategy.clock is not None, "leave it out"),
+        ("rounds_per_epoch", strategy.rounds_per_epoch != 1, "use 1"),
+        ("evaluate", strategy.evaluate != "consensus", "use 'consensus'"),
+    ):
+        if is_asked:
+            raise ValueError(f"{setting}={getattr(strategy, setting)!r} is for simulations, {way_out}: {instead}.")

@@ -1,0 +1,411 @@
+"""Rows that meet over a network whose ranks may die, stop or come back.
+
+Nobody waits for everybody. In gossip a rank waits for its neighbours, as long as they answer pings, and two ranks agree
+in the store whether their exchange has taken place, so the mixing matrix stays symmetric and doubly stochastic on those
+that live. A server's average is made by the leader. A rank that was away finds that rounds have passed without it: it
+skips its local work until it meets the others again.
+
+A *step* is ``(round, number of the communication in the round)``, by which ranks tell late messages from new ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_fed.federation.exchange import CACHED_MATRICES, COLUMNS_PER_BLOCK, Exchange, MixingPlan
+from lightning_fed.federation.layout import Layout
+from lightning_fed.federation.pair_record import PairRecord, Step
+from lightning_fed.federation.peer_network import Received
+from lightning_fed.federation.peers import Peers
+from lightning_fed.federation.virtual_clock import VirtualClock
+
+# How many times within the ping timeout a rank that waits looks whether the others live.
+LOOKS = 2
+
+
+@dataclass
+class Average:
+    """What the leader has made of a round's uploads.
+
+    Attributes:
+        round: of the step.
+        ranks: whose uploads are in it.
+        vector: the weighted mean, on the CPU.
+    """
+
+    round: int
+    ranks: list[int]
+    vector: Tensor
+
+
+class ElasticExchange(Exchange):
+    """Clients over ranks that may die.
+
+    ``sum`` and ``gather_rows`` know this rank's clients only. ``sent_bytes`` is exact for them; of the others it holds
+    what they should have sent, which the leader corrects whenever it evaluates.
+
+    Args:
+        layout: which host has which clients.
+        peers: of this rank.
+    """
+
+    def __init__(self, layout: Layout, peers: Peers) -> None:
+        super().__init__(layout, peers.network.rank)
+        self.peers = peers
+        self.network, self.events, self.survivors = peers.network, peers.events, peers.survivors
+        self._others = [rank for rank in range(self.network.num_ranks) if rank != self.host]
+        self._step: Step = (-1, 0)
+        self._evaluation: Step = (-1, 0)
+        self._excluded: frozenset[int] = frozenset()
+        self._pairs: dict[int, PairRecord] = {}
+        self._remote: list[Tensor] = []
+        self._realised: OrderedDict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        # Shared with the thread of the events, under `events.changed`.
+        self._suspects: set[int] = set()  # were silent when last asked, and have said nothing since
+        self._lost: set[int] = set()  # a link has broken since the step began
+        self._news: set[int] = set()  # have said something, or were lost
+        self._messages: dict[tuple[str, Step], dict[int, Received]] = {}
+        self._averages: dict[int, Average] = {}  # the newest, by number in the round
+        self._obeyed = self.survivors.leader
+        for kind in ("rows", "part", "sum", "ask", "average", "settled", "alive"):
+            self.events.on(kind, getattr(self, f"_on_{kind}", self._heard))
+        self.events.on_loss = self._on_loss
+
+    # ------------------------------------------------------------------------------------------------------- rounds
+
+    def begin_round(self, round: int, excluded: Iterable[int]) -> None:
+        """The communication of a round begins.
+
+        Args:
+            round: its number.
+            excluded: clients of this rank whose rows nobody should see; gossip gives them their neighbours' mean.
+        """
+        self._step = self._evaluation = (round, 0)
+        self._excluded = frozenset(excluded)
+
+    def takes_part(self, round: int) -> bool:
+        """Whether the others have not finished a round without this rank."""
+        with self.events.changed:
+            average = self._averages.get(0)
+        if average is not None and average.round >= round:
+            return False
+        return all(pair.newest_step() < (round, 0) for pair in self._pairs.values())
+
+    def keep_time(self, clock: VirtualClock | None, seed: int) -> None:
+        if clock is not None:
+            raise ValueError(
+                "a virtual clock counts simulated time, but with on_peer_loss='drop' ranks live and die in real time: "
+                "leave the clock out, or use on_peer_loss='raise'."
+            )
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Of this rank alone."""
+        return tensor
+
+    def gather_rows(self, values_C: np.ndarray) -> np.ndarray:
+        """The numbers of this rank's clients; NaN for the others."""
+        values_N = np.full(self.layout.num_clients, np.nan)
+        values_N[self.clients.start : self.clients.stop] = values_C
+        return values_N
+
+    # ------------------------------------------------------------------------------------------------------- gossip
+
+    @torch.no_grad()
+    def mix_(self, rows_CP: Tensor, weights_NN: np.ndarray) -> None:
+        """One gossip step with the neighbours that live; the weight of the others goes to the client itself."""
+        plan = self._plan(weights_NN, rows_CP)
+        arrived = self._swap(rows_CP, plan)
+        lost = frozenset((plan.send.keys() | plan.receive.keys()) - arrived.keys())
+        excluded = self._excluded.union(*(message.header["excluded"] for message in arrived.values()))
+        remote = {}
+        for message in arrived.values():
+            if message.tensors:
+                remote.update(zip(message.header["clients"], message.tensors[0]))
+        realised = self._realise(weights_NN, lost, excluded)
+        needed = np.flatnonzero((realised[self.clients.start : self.clients.stop] != 0).any(axis=0))
+        self._remote = [remote[client] for client in needed.tolist() if client not in self.clients]
+        super().mix_(rows_CP, realised)
+        self._remote = []
+
+    def _mix(self, rows_CP: Tensor, plan: MixingPlan) -> None:
+        for start in range(0, rows_CP.shape[1], COLUMNS_PER_BLOCK):
+            block = rows_CP[:, start : start + COLUMNS_PER_BLOCK]
+            rows = [row[start : start + COLUMNS_PER_BLOCK].unsqueeze(0).to(block.device) for row in self._remote]
+            block.copy_(plan.weights @ torch.cat([*rows[: plan.before], block, *rows[plan.before :]]))
+
+    def _swap(self, rows_CP: Tensor, plan: MixingPlan) -> dict[int, Received]:
+        """Send rows to the ranks that need them; returns what has come from those that have got this rank's, too."""
+        step = self._next_step()
+        waiting = plan.send.keys() | plan.receive.keys()
+        with self.events.changed:
+            self._forget_before("rows", step)
+            self._lost.clear()
+            present = waiting - self._suspects
+        for peer in sorted(present):
+            if self._pair(peer).newest_step() < step:  # else it has gone on without this rank
+                self._send_rows(peer, step, rows_CP, plan)
+        arrived: dict[int, Received] = {}
+        news, next_look = set(waiting), time.monotonic()
+        while True:
+            with self.events.changed:
+                messages = dict(self._messages.get(("rows", step), {}))
+                given_up = self._suspects | self._lost
+            for peer in sorted(waiting & news):
+                happened = self._pair(peer).settle(step, has_rows=peer in messages, gives_up=peer in given_up)
+                if happened:
+                    arrived[peer] = messages[peer]
+                elif happened is False and peer not in given_up:
+                    self.network.note(peer, {"kind": "alive"})
+                waiting = waiting if happened is None else waiting - {peer}
+            if not waiting:
+                return arrived
+            news = self._await_news(next_look - time.monotonic())
+            if time.monotonic() >= next_look:
+                self._look_after(waiting)
+                news, next_look = set(waiting), time.monotonic() + self.peers.survivors.ping_timeout / LOOKS
+
+    def _send_rows(self, peer: int, step: Step, rows_CP: Tensor, plan: MixingPlan) -> None:
+        slots = plan.send.get(peer)
+        clients = [] if slots is None else [self.clients.start + slot for slot in slots.tolist()]
+        tensors = [] if slots is None else [rows_CP[slots]]
+        header = {"kind": "rows", "step": step, "clients": clients, "excluded": sorted(self._excluded)}
+        self._send(peer, header, tensors)
+
+    def _realise(self, weights_NN: np.ndarray, lost: frozenset[int], excluded: frozenset[int]) -> np.ndarray:
+        """The mixing matrix without the edges to lost ranks and excluded clients; right in this rank's rows only."""
+        if not lost and not excluded:
+            return weights_NN
+        key = (id(weights_NN), lost, excluded)
+        if key not in self._realised:
+            mine, gone = list(self.clients), [client for peer in lost for client in self.layout.clients_of(peer)]
+            realised = weights_NN.copy()
+            realised[np.ix_(mine, gone)] = realised[np.ix_(gone, mine)] = 0
+            realised[:, sorted(excluded)] = 0
+            for client in sorted(excluded.intersection(mine)):
+                if not realised[client].any():
+                    raise RuntimeError(f"client {client} is not finite and has no neighbour from which to start again.")
+                realised[client] /= realised[client].sum()
+            realised[np.diag_indices_from(realised)] += weights_NN.sum(axis=1) - realised.sum(axis=1)
+            self._realised[key] = weights_NN, realised
+            if len(self._realised) > CACHED_MATRICES:
+                self._realised.popitem(last=False)
+        return self._realised[key][1]
+
+    # ------------------------------------------------------------------------------------------------------- server
+
+    @torch.no_grad()
+    def upload_mean(self, rows_CP: Tensor, weights_N: np.ndarray) -> Tensor:
+        average = self._agree(rows_CP, weights_N)
+        uploaded = np.zeros(self.layout.num_clients, dtype=bool)
+        for rank in average.ranks:
+            uploaded[list(self.layout.clients_of(rank))] = True
+        self.sent_bytes += (uploaded & (weights_N != 0)) * rows_CP.shape[1] * rows_CP.element_size()
+        return average.vector.to(rows_CP)
+
+    @torch.no_grad()
+    def average(self, rows_CP: Tensor, weights_N: np.ndarray) -> Tensor:
+        return self._agree(rows_CP, weights_N).vector.to(rows_CP)
+
+    def _agree(self, rows_CP: Tensor, weights_N: np.ndarray) -> Average:
+        """Bring this rank's part to the leader, or be the leader; returns the average of this step or a newer one."""
+        step, mine = self._next_step(), self._own(weights_N)
+        part = [self._weighted_sum(rows_CP, mine, torch.float64)] if mine.any() else []
+        header = {"kind": "part", "step": step, "weight": float(mine.sum())}
+        with self.events.changed:
+            self._forget_before("part", step)
+            self._messages.setdefault(("part", step), {})[self.host] = Received(self.host, header, part)
+        served_by = None
+        while True:
+            if (average := self._held(step)) is None:
+                self.survivors.update()
+            with self.events.changed:
+                leader = self.survivors.leader
+                if (average := self._held(step)) is not None:
+                    return average
+                # From now on what an earlier leader has sent is refused: the new one counts on that.
+                self._obeyed = leader
+                resend = leader != served_by or leader in self._lost
+                self._lost.discard(leader)
+            if leader == self.host:
+                self._serve(step, rows_CP)
+            else:
+                if resend:
+                    self._send(leader, header, part)
+                served_by = leader
+                self.events.wait_for(
+                    lambda: self._held(step) is not None or leader in self._lost or self._obeyed != leader,
+                    self.survivors.ping_timeout,
+                )
+
+    def _serve(self, step: Step, rows_CP: Tensor) -> None:
+        """Wait for the parts of all that live, or for the average that an earlier leader has left with one of them."""
+        for rank in self._others:
+            self.network.note(rank, {"kind": "ask", "step": step})
+
+        def missing() -> set[int]:
+            return set(self._others) - self._messages[("part", step)].keys() - self._suspects
+
+        while not self.events.wait_for(
+            lambda: not missing() or self._held(step) is not None, self.survivors.ping_timeout / LOOKS
+        ):
+            self._look_after(missing())
+            self.survivors.update()
+            if not self.survivors.is_leader:
+                return
+        self.survivors.update()  # a rank that was stopped here does not lead any more
+        with self.events.changed:
+            if not self.survivors.is_leader:
+                return
+            if self._held(step) is None:
+                self._averages[step[1]] = self._average_of(self._messages[("part", step)], step, rows_CP)
+            average, living = self._averages[step[1]], set(self._others) - self._suspects
+        for rank in sorted(living):
+            self._send_average(rank, step[1], average)
+
+    def _average_of(self, parts: dict[int, Received], step: Step, rows_CP: Tensor) -> Average:
+        ranks = [rank for rank in sorted(parts) if parts[rank].tensors]
+        if not ranks:  # nobody of the cohort lives: the server keeps what it has, at first the common initial model
+            earlier = self._averages.get(step[1])
+            return Average(step[0], [], rows_CP[0].cpu().clone() if earlier is None else earlier.vector)
+        total = torch.zeros_like(rows_CP[0], dtype=torch.float64)
+        for rank in ranks:
+            total += parts[rank].tensors[0].to(total.device)
+        weight = float(np.sum([parts[rank].header["weight"] for rank in ranks]))
+        return Average(step[0], ranks, (total / weight).to(rows_CP.dtype).cpu())
+
+    def _held(self, step: Step) -> Average | None:
+        average = self._averages.get(step[1])
+        return average if average is not None and average.round >= step[0] else None
+
+    def _send_average(self, rank: int, number: int, average: Average) -> None:
+        header = {"kind": "average", "step": (average.round, number), "ranks": average.ranks}
+        self._send(rank, header, [average.vector])
+
+    # --------------------------------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def mean(self, rows_CP: Tensor, weights_N: np.ndarray | None = None) -> Tensor:
+        """The weighted mean for evaluation: on the leader of all that answer in time, elsewhere of the own clients."""
+        if weights_N is None:
+            weights_N = np.full(self.layout.num_clients, 1 / self.layout.num_clients)
+        mine = self._own(weights_N)
+        total, weight = self._weighted_sum(rows_CP, mine, rows_CP.dtype), float(mine.sum())
+        if np.count_nonzero(weights_N) > np.count_nonzero(mine):
+            step, self._evaluation = self._evaluation, (self._evaluation[0], self._evaluation[1] + 1)
+            self.survivors.update()
+            own_bytes = self.sent_bytes[self.clients.start : self.clients.stop].tolist()
+            header = {"kind": "sum", "step": step, "weight": weight, "bytes": own_bytes}
+            if not self.survivors.is_leader:
+                self.network.send(self.survivors.leader, header, [total])
+            else:
+                for message in self._sums(step):
+                    total = total + message.tensors[0].to(total)
+                    weight += message.header["weight"]
+                    clients = self.layout.clients_of(message.sender)
+                    self.sent_bytes[clients.start : clients.stop] = message.header["bytes"]
+        return total / weight if weight else rows_CP.mean(dim=0)
+
+    def _sums(self, step: Step) -> list[Received]:
+        """What the other ranks have sent for a step, or send soon."""
+        deadline = time.monotonic() + self.survivors.ping_timeout
+        with self.events.changed:
+            self._forget_before("sum", step)
+            sums = self._messages.setdefault(("sum", step), {})
+        missing = set(self._others) - sums.keys()
+        self._look_after(missing - self._suspects)
+        self.events.wait_for(
+            lambda: sums.keys() >= set(self._others) - self._suspects, max(deadline - time.monotonic(), 0)
+        )
+        return [sums[rank] for rank in sorted(sums)]
+
+    # ------------------------------------------------------------------------------- messages, on the events' thread
+
+    def _heard(self, message: Received) -> None:
+        self._suspects.discard(message.sender)
+        self._news.add(message.sender)
+
+    def _on_rows(self, message: Received) -> None:
+        self._heard(message)
+        step = step_of(message)
+        self._messages.setdefault((message.header["kind"], step), {})[message.sender] = message
+
+    _on_sum = _on_rows
+
+    def _on_part(self, message: Received) -> None:
+        if not self._answered(message):
+            self._on_rows(message)
+
+    def _on_ask(self, message: Received) -> None:
+        self._obeyed = message.sender
+        self._answered(message)
+
+    def _answered(self, message: Received) -> bool:
+        """Send a rank that asks for an average, or sends a part of it, the average; if there is one."""
+        self._heard(message)
+        average = self._held(step_of(message))
+        if average is not None:
+            self._send_average(message.sender, step_of(message)[1], average)
+        return average is not None
+
+    def _on_average(self, message: Received) -> None:
+        self._heard(message)
+        step = step_of(message)
+        if self._obeyed in (message.sender, self.host) and self._held(step) is None:
+            self._averages[step[1]] = Average(step[0], message.header["ranks"], message.tensors[0])
+
+    def _on_loss(self, rank: int) -> None:
+        if rank == self.host:
+            raise RuntimeError("the store of the federation is gone")
+        self._lost.add(rank)
+        self._news.add(rank)
+
+    # ------------------------------------------------------------------------------------------------------ helpers
+
+    def _next_step(self) -> Step:
+        step, self._step = self._step, (self._step[0], self._step[1] + 1)
+        return step
+
+    def _pair(self, peer: int) -> PairRecord:
+        if peer not in self._pairs:
+            self._pairs[peer] = PairRecord(self.network, peer)
+        return self._pairs[peer]
+
+    def _own(self, weights_N: np.ndarray) -> np.ndarray:
+        """The weights of this rank's clients that are not excluded; zero for all others, ``[N]``."""
+        mine = np.zeros_like(weights_N)
+        chosen = [client for client in self.clients if client not in self._excluded]
+        mine[chosen] = weights_N[chosen]
+        return mine
+
+    def _send(self, rank: int, header: dict[str, Any], tensors: list[Tensor]) -> None:
+        self.wire_bytes += sum(tensor.nbytes for tensor in tensors)
+        self.network.send(rank, header, tensors)
+
+    def _forget_before(self, kind: str, step: Step) -> None:
+        for old in [key for key in self._messages if key[0] == kind and key[1] < step]:
+            del self._messages[old]
+
+    def _await_news(self, timeout: float) -> set[int]:
+        self.events.wait_for(lambda: bool(self._news), max(timeout, 0))
+        with self.events.changed:
+            news, self._news = self._news, set()
+        return news
+
+    def _look_after(self, ranks: Iterable[int]) -> None:
+        """Ask ranks whether they live, and suspect those that do not answer."""
+        silent = set(ranks) - self.network.ping(ranks, self.survivors.ping_timeout)
+        with self.events.changed:
+            self._suspects |= silent
+
+
+def step_of(message: Received) -> Step:
+    round, number = message.header["step"]
+    return round, number

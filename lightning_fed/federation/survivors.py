@@ -1,0 +1,52 @@
+"""Which ranks of an elastic federation are alive, and which of them leads: logs, validates and saves checkpoints."""
+
+from __future__ import annotations
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_fed.federation.peer_network import PeerNetwork
+
+LEADER = "leader"
+
+
+class Survivors:
+    """What one rank knows of the others.
+
+    Rank 0 leads at first. Whoever finds the leader silent asks all ranks; the lowest that answers takes over, by an
+    atomic exchange in the store, so that all agree on one leader. One that was only slow sees then that it no longer
+    leads.
+
+    Args:
+        network: of this rank.
+        ping_timeout: seconds in which a living rank answers.
+
+    Attributes:
+        leader: the rank that leads, as far as this rank knows.
+    """
+
+    def __init__(self, network: PeerNetwork, ping_timeout: float) -> None:
+        self.network = network
+        self.ping_timeout = ping_timeout
+        self.leader = int(network.store.compare_set(LEADER, "", "0"))
+        self._obey()
+
+    @property
+    def is_leader(self) -> bool:
+        return self.leader == self.network.rank
+
+    def living(self) -> list[int]:
+        """The ranks that answer, this one included; waits for the silent ones."""
+        return sorted(self.network.ping(range(self.network.num_ranks), self.ping_timeout))
+
+    def update(self) -> None:
+        """See whether the leader has changed or is silent, and take over if this rank is the next one."""
+        store = self.network.store
+        self.leader = int(store.get(LEADER))
+        is_silent = not self.is_leader and not self.network.ping([self.leader], self.ping_timeout)
+        if is_silent and self.living()[0] == self.network.rank:
+            self.leader = int(store.compare_set(LEADER, str(self.leader), str(self.network.rank)))
+        self._obey()
+
+    def _obey(self) -> None:
+        # Lightning's loggers and messages ask for "rank zero".
+        rank_zero_only.rank = 0 if self.is_leader else max(self.network.rank, 1)  # type: ignore[attr-defined]
