@@ -57,6 +57,16 @@ class LogEntry:
         assert self.value is not None
         return self.value / self.weight if self.reduction == "mean" else self.value
 
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        assert self.value is not None
+        return {**vars(self), "value": float(self.value)}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> LogEntry:
+        """Inverse of :meth:`to_plain`."""
+        return cls(**{**plain, "value": torch.tensor(plain["value"], dtype=torch.float64)})
+
 
 def ignore_log(*args: Any, **kwargs: Any) -> None:
     """A ``self.log`` that logs nothing."""

@@ -135,7 +135,7 @@ class Companion(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.strategy.peers is not None and self.strategy.peers.is_stopped:
             trainer.should_stop = True
-        self.strategy.local_step.logs.publish_epoch(self.strategy.gather_objects)
+        self.strategy.local_step.logs.publish_epoch(self.strategy.gather_logs)
         if self.strategy.joint_index:
             rank_zero_warn(
                 f"epoch {trainer.current_epoch} ended within round {self.strategy.round} (after "

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_fed.federation.client_logs import LogEntry
 from lightning_fed.federation.peer_events import PeerEvents
 from lightning_fed.federation.peer_network import STORE_VARIABLE, PeerNetwork, store_address
 from lightning_fed.federation.survivors import Survivors
@@ -17,6 +19,8 @@ from lightning_fed.federation.survivors import Survivors
 START_TIMEOUT = 60.0
 LOOK_INTERVAL = 0.02
 CONNECT_TIMEOUT = 30.0
+
+Logs = dict[str, LogEntry]
 
 
 class Peers:
@@ -56,6 +60,8 @@ class Peers:
         self.survivors = Survivors(self.network, ping_timeout)
         self.is_stopped = False
         self.events.on("stop", lambda message: self._stop())
+        self._logs: list[dict[str, Any]] = []
+        self.events.on("logs", lambda message: self._logs.append(message.header["entries"]))
 
     @property
     def has_returned(self) -> bool:
@@ -95,6 +101,20 @@ class Peers:
                 rank_zero_warn(f"only {started} of {self.network.num_ranks} ranks have started; going on with those.")
                 return
             time.sleep(LOOK_INTERVAL)
+
+    def gather_logs(self, mine: Logs) -> list[Logs]:
+        """What ranks have logged, on the leader; of the others as much as has arrived by now, without any waiting.
+
+        What comes late is in the next round's. torchmetrics objects stay on their rank.
+        """
+        if not self.survivors.is_leader:
+            plain = {name: entry.to_plain() for name, entry in mine.items() if entry.value is not None}
+            self.network.note(self.survivors.leader, {"kind": "logs", "entries": plain})
+            return [mine]
+        with self.events.changed:
+            arrived, self._logs = self._logs, []
+        others = [{name: LogEntry.from_plain(plain) for name, plain in logs.items()} for logs in arrived]
+        return [mine, *others]
 
     def stop(self) -> None:
         """Tell all ranks to end their fit with the round in which they are."""

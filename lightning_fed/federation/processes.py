@@ -161,3 +161,7 @@ class FederationProcesses(DDPStrategy):
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def gather_logs(self, logs: Any) -> list[Any]:
+        """What the clients of all ranks have logged in an epoch; in an elastic federation what the leader has heard."""
+        return self.gather_objects(logs) if self.peers is None else self.peers.gather_logs(logs)
