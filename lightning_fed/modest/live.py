@@ -302,12 +302,15 @@ class LiveFederation(Environment):
     def _restart(self, living: set[int]) -> None:
         """Start the round again, if of all living ranks this one has the newest model."""
         held = {rank: self._held_by(rank) for rank in living}
-        if self.host != min(held, key=lambda rank: (-held[rank], rank)):
+        best = sorted(rank for rank in held if held[rank] == max(held.values()))
+        number = self._store.add("restarts", 0)
+        if self.host != best[number % len(best)]:  # in turn, as one may know less of who is there than another
             return
         logger.warning("round %d is stuck; rank %d starts it again", self.progress, self.host)
         self.restarts += 1
-        order = hash_order(self.layout.num_clients, self.progress)
-        node = next(self.nodes[client] for client in order.tolist() if client in self.nodes)
+        order = hash_order(self.layout.num_clients, self.progress).tolist()
+        mine = [self.nodes[client] for client in order if client in self.nodes]
+        node = mine[number % len(mine)]
         node.observe(self.progress, self.newest[1])
         node.restart(self.progress, self._store.add("restarts", 1))
 

@@ -27,6 +27,9 @@ from lightning_fed.modest.messages import SMALL_MESSAGE_BYTES, Announcement, Mes
 from lightning_fed.modest.node import Node
 from lightning_fed.modest.rules import Rules
 
+# Beyond this there is no hope that a round ends.
+MAX_RESTARTS = 200
+
 
 class Model(NamedTuple):
     """The symbol of a model: the average that an aggregator has made for a round, or what a client has trained in it.
@@ -43,7 +46,7 @@ SEED_MODEL = Model(1, -1, False)
 
 
 class FederationDied(RuntimeError):
-    """No node is left that could go on, or ever comes back."""
+    """No node is left that could go on, or the nodes that come back do not stay for long enough."""
 
 
 @dataclass
@@ -265,11 +268,24 @@ class Simulation(Environment):
         return round + 1 in self._plans and bool(self._plans[round + 1].starts)
 
     def _restart(self) -> None:
-        """Let the live node with the newest model begin the round again."""
+        """Let a live node with the newest model begin the round again, each time another one.
+
+        Its view goes out with the model. If one and the same node did that again and again, and did not know an
+        aggregator that the others know, their models would never meet.
+        """
         live = [self.nodes[client] for client in np.flatnonzero(self.online)]
         round = max(self._settled + 1, *(node.newest_round for node in live))
         order = hash_order(len(self.nodes), round).tolist()
-        best = max(live, key=lambda node: (node.best_model(round)[0], -order.index(node.client)))
+        newest = max(node.best_model(round)[0] for node in live)
+        able = sorted(
+            (node for node in live if node.best_model(round)[0] == newest), key=lambda node: order.index(node.client)
+        )
+        if self._plan(round).restarts == MAX_RESTARTS:
+            raise FederationDied(
+                f"round {round} was started {MAX_RESTARTS} times and never finished, as nodes go away too soon for "
+                f"ping_timeout={self.rules.ping_timeout} s and the time that training takes"
+            )
+        best = able[self._plan(round).restarts % len(able)]
         self._attempts += 1
         self._plan(round).restarts += 1
         model = best.best_model(round)[1]
