@@ -8,9 +8,11 @@ from typing import Literal
 
 from lightning_fed.federation.settings import check_choice, check_counts
 
-# In rounds (the class default of the code of 2023), and in times that a node is asked on average.
+# In rounds: the class default of the code of 2023.
 DEFAULT_WINDOW = 50
-TURNS = 10
+# In w rounds a node is not asked at all with probability (1 - s/N)^w < exp(-w s/N). So in N / s (ln N + 5) rounds
+# any of N nodes is not asked with probability below exp(-5).
+CERTAINTY = 5
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Rules:
         """The activity window: as set; else 50 rounds, or more where living nodes would wait longer for their turn."""
         if self.activity_window is not None:
             return self.activity_window
-        return max(DEFAULT_WINDOW, math.ceil(TURNS * num_clients / self.sample_size))
+        turns = math.log(num_clients) + CERTAINTY
+        return max(DEFAULT_WINDOW, math.ceil(turns * num_clients / self.sample_size))
 
     def models_needed(self, sample_size: int) -> int:
         """How many trained models an aggregator waits for, if its sample was of that size."""

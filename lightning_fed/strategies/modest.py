@@ -55,8 +55,8 @@ class MoDeSTStrategy(FederatedStrategy):
             or drops what it has; by default it waits.
         min_models: see there.
         ping_timeout: seconds in which a node answers a ping, or is replaced by the next in hash order.
-        activity_window: rounds without a sign of life after which a node is no longer asked; by default 50, or ten
-            times N / s if that is more, so that nodes are not forgotten while they wait for their turn.
+        activity_window: rounds without a sign of life after which a node is no longer asked; by default 50, or
+            ``N / s (ln N + 5)`` if that is more, so that nodes are not forgotten while they wait for their turn.
         restart_timeout: seconds without any progress after which the newest model that a live node has is sent to a
             new sample.
         availability: when nodes are there; by default always.
@@ -173,7 +173,7 @@ class MoDeSTStrategy(FederatedStrategy):
         plan, next_round = self.plan(self.round), self.round + 2
         exchange.sent_bytes += plan.sent_bytes
         averages = [Model(next_round, aggregator, False) for aggregator in plan.averages]
-        self._newest = averages[0]
+        self._newest = next((model for model in averages if model in starts), averages[0])
         used = {self._newest, *starts}
         self._models = {SEED_MODEL: self._models[SEED_MODEL]}
         for model in used.intersection(averages):
@@ -201,7 +201,7 @@ class MoDeSTStrategy(FederatedStrategy):
         return weights
 
     def consensus(self, rows: Tensor, exchange: Exchange) -> Tensor:
-        """The average that was done first."""
+        """The average that was done first, of those on which somebody goes on to train."""
         return self._models[self._newest][0]
 
     def consensus_buffers(self, buffers: Tensor, exchange: Exchange) -> Tensor:
