@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from lightning_fed.federation.availability import (
@@ -422,9 +422,11 @@ def churns() -> st.SearchStrategy[Availability]:
 def test_any_federation_either_goes_on_or_dies_out(data: st.DataObject) -> None:
     num_clients = data.draw(st.integers(1, 12), "clients")
     sample_size = data.draw(st.integers(1, num_clients), "sample size")
+    churn = data.draw(churns(), "churn")
+    note(f"churn: {vars(churn)}")
     simulation = simulate(
         num_clients,
-        data.draw(churns().map(described)),
+        churn,
         data.draw(clocks()),
         seed=data.draw(st.integers(0, 1000), "seed"),
         sample_size=sample_size,
@@ -438,9 +440,3 @@ def test_any_federation_either_goes_on_or_dies_out(data: st.DataObject) -> None:
         restart_timeout=data.draw(st.floats(1, 60), "restart timeout"),
     )
     assert_sound(simulation, rounds_until_death(simulation, 12))
-
-
-def described(churn: RandomChurn) -> RandomChurn:
-    """With its settings in the report of a failure."""
-    churn.__class__ = type("RandomChurn", (RandomChurn,), {"__repr__": lambda self: f"RandomChurn({vars(self)})"})
-    return churn
