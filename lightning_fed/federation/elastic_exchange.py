@@ -13,37 +13,20 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_fed.federation.elastic_server import Average, ElasticServer
 from lightning_fed.federation.exchange import CACHED_MATRICES, COLUMNS_PER_BLOCK, Exchange, MixingPlan
 from lightning_fed.federation.layout import Layout
 from lightning_fed.federation.pair_record import PairRecord, Step
+from lightning_fed.federation.peer_mail import PeerMail
 from lightning_fed.federation.peer_network import Received
 from lightning_fed.federation.peers import Peers
 from lightning_fed.federation.virtual_clock import VirtualClock
-
-# How many times within the ping timeout a rank that waits looks whether the others live.
-LOOKS = 2
-
-
-@dataclass
-class Average:
-    """What the leader has made of a round's uploads.
-
-    Attributes:
-        round: of the step.
-        ranks: whose uploads are in it.
-        vector: the weighted mean, on the CPU.
-    """
-
-    round: int
-    ranks: list[int]
-    vector: Tensor
 
 
 class ElasticExchange(Exchange):
@@ -60,7 +43,9 @@ class ElasticExchange(Exchange):
     def __init__(self, layout: Layout, peers: Peers) -> None:
         super().__init__(layout, peers.network.rank)
         self.peers = peers
+        self.mail = PeerMail(peers)
         self.network, self.events, self.survivors = peers.network, peers.events, peers.survivors
+        self._server = ElasticServer(self.mail, self._send)
         self._others = [rank for rank in range(self.network.num_ranks) if rank != self.host]
         self._step: Step = (-1, 0)
         self._evaluation: Step = (-1, 0)
@@ -68,16 +53,13 @@ class ElasticExchange(Exchange):
         self._pairs: dict[int, PairRecord] = {}
         self._remote: list[Tensor] = []
         self._realised: OrderedDict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        # Shared with the thread of the events, under `events.changed`.
-        self._suspects: set[int] = set()  # were silent when last asked, and have said nothing since
-        self._lost: set[int] = set()  # a link has broken since the step began
-        self._news: set[int] = set()  # have said something, or were lost
-        self._messages: dict[tuple[str, Step], dict[int, Received]] = {}
-        self._averages: dict[int, Average] = {}  # the newest, by number in the round
-        self._obeyed = self.survivors.leader
-        for kind in ("rows", "part", "sum", "ask", "average", "settled", "alive"):
-            self.events.on(kind, getattr(self, f"_on_{kind}", self._heard))
-        self.events.on_loss = self._on_loss
+        for kind, handler in (
+            ("rows", self.mail.keep),
+            ("sum", self.mail.keep),
+            ("settled", self.mail.heard),
+            ("alive", self.mail.heard),
+        ):
+            self.events.on(kind, handler)
 
     # ------------------------------------------------------------------------------------------------------- rounds
 
@@ -93,11 +75,9 @@ class ElasticExchange(Exchange):
 
     def takes_part(self, round: int) -> bool:
         """Whether the others have not finished a round without this rank."""
-        with self.events.changed:
-            average = self._averages.get(0)
-        if average is not None and average.round >= round:
-            return False
-        return all(pair.newest_step() < (round, 0) for pair in self._pairs.values())
+        return self._server.held((round, 0)) is None and all(
+            pair.newest_step() < (round, 0) for pair in self._pairs.values()
+        )
 
     def keep_time(self, clock: VirtualClock | None, seed: int) -> None:
         if clock is not None:
@@ -125,7 +105,7 @@ class ElasticExchange(Exchange):
         arrived = self._swap(rows_CP, plan)
         lost = frozenset((plan.send.keys() | plan.receive.keys()) - arrived.keys())
         excluded = self._excluded.union(*(message.header["excluded"] for message in arrived.values()))
-        remote = {}
+        remote: dict[int, Tensor] = {}
         for message in arrived.values():
             if message.tensors:
                 remote.update(zip(message.header["clients"], message.tensors[0]))
@@ -146,31 +126,33 @@ class ElasticExchange(Exchange):
         step = self._next_step()
         waiting = plan.send.keys() | plan.receive.keys()
         with self.events.changed:
-            self._forget_before("rows", step)
-            self._lost.clear()
-            present = waiting - self._suspects
+            self.mail.forget_before("rows", step)
+            self.mail.lost.clear()
+            present = waiting - self.mail.suspects
+        # Those that have gone on without this rank are not sent anything.
+        present = {peer for peer in present if self._pair(peer).newest_step() < step}
+        absent = waiting - present
         for peer in sorted(present):
-            if self._pair(peer).newest_step() < step:  # else it has gone on without this rank
-                self._send_rows(peer, step, rows_CP, plan)
+            self._send_rows(peer, step, rows_CP, plan)
         arrived: dict[int, Received] = {}
-        news, next_look = set(waiting), time.monotonic()
+        news, next_look = set(waiting), time.monotonic() + self.mail.look_interval
         while True:
             with self.events.changed:
-                messages = dict(self._messages.get(("rows", step), {}))
-                given_up = self._suspects | self._lost
+                messages = dict(self.mail.messages.get(("rows", step), {}))
+                given_up = self.mail.suspects | self.mail.lost | absent
             for peer in sorted(waiting & news):
                 happened = self._pair(peer).settle(step, has_rows=peer in messages, gives_up=peer in given_up)
                 if happened:
                     arrived[peer] = messages[peer]
-                elif happened is False and peer not in given_up:
+                elif happened is False and peer not in self.mail.suspects:
                     self.network.note(peer, {"kind": "alive"})
                 waiting = waiting if happened is None else waiting - {peer}
             if not waiting:
                 return arrived
-            news = self._await_news(next_look - time.monotonic())
+            news = self.mail.await_news(next_look - time.monotonic())
             if time.monotonic() >= next_look:
-                self._look_after(waiting)
-                news, next_look = set(waiting), time.monotonic() + self.peers.survivors.ping_timeout / LOOKS
+                self.mail.look_after(waiting)
+                news, next_look = set(waiting), time.monotonic() + self.mail.look_interval
 
     def _send_rows(self, peer: int, step: Step, rows_CP: Tensor, plan: MixingPlan) -> None:
         slots = plan.send.get(peer)
@@ -215,79 +197,9 @@ class ElasticExchange(Exchange):
         return self._agree(rows_CP, weights_N).vector.to(rows_CP)
 
     def _agree(self, rows_CP: Tensor, weights_N: np.ndarray) -> Average:
-        """Bring this rank's part to the leader, or be the leader; returns the average of this step or a newer one."""
-        step, mine = self._next_step(), self._own(weights_N)
+        mine = self._own(weights_N)
         part = [self._weighted_sum(rows_CP, mine, torch.float64)] if mine.any() else []
-        header = {"kind": "part", "step": step, "weight": float(mine.sum())}
-        with self.events.changed:
-            self._forget_before("part", step)
-            self._messages.setdefault(("part", step), {})[self.host] = Received(self.host, header, part)
-        served_by = None
-        while True:
-            if (average := self._held(step)) is None:
-                self.survivors.update()
-            with self.events.changed:
-                leader = self.survivors.leader
-                if (average := self._held(step)) is not None:
-                    return average
-                # From now on what an earlier leader has sent is refused: the new one counts on that.
-                self._obeyed = leader
-                resend = leader != served_by or leader in self._lost
-                self._lost.discard(leader)
-            if leader == self.host:
-                self._serve(step, rows_CP)
-            else:
-                if resend:
-                    self._send(leader, header, part)
-                served_by = leader
-                self.events.wait_for(
-                    lambda: self._held(step) is not None or leader in self._lost or self._obeyed != leader,
-                    self.survivors.ping_timeout,
-                )
-
-    def _serve(self, step: Step, rows_CP: Tensor) -> None:
-        """Wait for the parts of all that live, or for the average that an earlier leader has left with one of them."""
-        for rank in self._others:
-            self.network.note(rank, {"kind": "ask", "step": step})
-
-        def missing() -> set[int]:
-            return set(self._others) - self._messages[("part", step)].keys() - self._suspects
-
-        while not self.events.wait_for(
-            lambda: not missing() or self._held(step) is not None, self.survivors.ping_timeout / LOOKS
-        ):
-            self._look_after(missing())
-            self.survivors.update()
-            if not self.survivors.is_leader:
-                return
-        self.survivors.update()  # a rank that was stopped here does not lead any more
-        with self.events.changed:
-            if not self.survivors.is_leader:
-                return
-            if self._held(step) is None:
-                self._averages[step[1]] = self._average_of(self._messages[("part", step)], step, rows_CP)
-            average, living = self._averages[step[1]], set(self._others) - self._suspects
-        for rank in sorted(living):
-            self._send_average(rank, step[1], average)
-
-    def _average_of(self, parts: dict[int, Received], step: Step, rows_CP: Tensor) -> Average:
-        ranks = [rank for rank in sorted(parts) if parts[rank].tensors]
-        if not ranks:  # nobody of the cohort lives: the server keeps what it has, at first the common initial model
-            earlier = self._averages.get(step[1])
-            return Average(step[0], [], rows_CP[0].cpu().clone() if earlier is None else earlier.vector)
-        total = torch.zeros_like(rows_CP[0], dtype=torch.float64)
-        for rank in ranks:
-            total += parts[rank].tensors[0].to(total.device)
-        weight = float(np.sum([parts[rank].header["weight"] for rank in ranks]))
-        return Average(step[0], ranks, (total / weight).to(rows_CP.dtype).cpu())
-
-    def _held(self, step: Step) -> Average | None:
-        average = self._averages.get(step[1])
-        return average if average is not None and average.round >= step[0] else None
-
-    def _send_average(self, rank: int, number: int, average: Average) -> None:
-        header = {"kind": "average", "step": (average.round, number), "ranks": average.ranks}
-        self._send(rank, header, [average.vector])
+        return self._server.agree(self._next_step(), part, float(mine.sum()), like=rows_CP[0])
 
     # --------------------------------------------------------------------------------------------------- evaluation
 
@@ -317,55 +229,15 @@ class ElasticExchange(Exchange):
         """What the other ranks have sent for a step, or send soon."""
         deadline = time.monotonic() + self.survivors.ping_timeout
         with self.events.changed:
-            self._forget_before("sum", step)
-            sums = self._messages.setdefault(("sum", step), {})
-        missing = set(self._others) - sums.keys()
-        self._look_after(missing - self._suspects)
+            self.mail.forget_before("sum", step)
+            sums = self.mail.messages.setdefault(("sum", step), {})
+            missing = set(self._others) - sums.keys() - self.mail.suspects
+        self.mail.look_after(missing)
         self.events.wait_for(
-            lambda: sums.keys() >= set(self._others) - self._suspects, max(deadline - time.monotonic(), 0)
+            lambda: sums.keys() >= set(self._others) - self.mail.suspects, max(deadline - time.monotonic(), 0)
         )
-        return [sums[rank] for rank in sorted(sums)]
-
-    # ------------------------------------------------------------------------------- messages, on the events' thread
-
-    def _heard(self, message: Received) -> None:
-        self._suspects.discard(message.sender)
-        self._news.add(message.sender)
-
-    def _on_rows(self, message: Received) -> None:
-        self._heard(message)
-        step = step_of(message)
-        self._messages.setdefault((message.header["kind"], step), {})[message.sender] = message
-
-    _on_sum = _on_rows
-
-    def _on_part(self, message: Received) -> None:
-        if not self._answered(message):
-            self._on_rows(message)
-
-    def _on_ask(self, message: Received) -> None:
-        self._obeyed = message.sender
-        self._answered(message)
-
-    def _answered(self, message: Received) -> bool:
-        """Send a rank that asks for an average, or sends a part of it, the average; if there is one."""
-        self._heard(message)
-        average = self._held(step_of(message))
-        if average is not None:
-            self._send_average(message.sender, step_of(message)[1], average)
-        return average is not None
-
-    def _on_average(self, message: Received) -> None:
-        self._heard(message)
-        step = step_of(message)
-        if self._obeyed in (message.sender, self.host) and self._held(step) is None:
-            self._averages[step[1]] = Average(step[0], message.header["ranks"], message.tensors[0])
-
-    def _on_loss(self, rank: int) -> None:
-        if rank == self.host:
-            raise RuntimeError("the store of the federation is gone")
-        self._lost.add(rank)
-        self._news.add(rank)
+        with self.events.changed:
+            return [sums[rank] for rank in sorted(sums)]
 
     # ------------------------------------------------------------------------------------------------------ helpers
 
@@ -386,26 +258,6 @@ class ElasticExchange(Exchange):
         return mine
 
     def _send(self, rank: int, header: dict[str, Any], tensors: list[Tensor]) -> None:
-        self.wire_bytes += sum(tensor.nbytes for tensor in tensors)
+        with self.events.changed:
+            self.wire_bytes += sum(tensor.nbytes for tensor in tensors)
         self.network.send(rank, header, tensors)
-
-    def _forget_before(self, kind: str, step: Step) -> None:
-        for old in [key for key in self._messages if key[0] == kind and key[1] < step]:
-            del self._messages[old]
-
-    def _await_news(self, timeout: float) -> set[int]:
-        self.events.wait_for(lambda: bool(self._news), max(timeout, 0))
-        with self.events.changed:
-            news, self._news = self._news, set()
-        return news
-
-    def _look_after(self, ranks: Iterable[int]) -> None:
-        """Ask ranks whether they live, and suspect those that do not answer."""
-        silent = set(ranks) - self.network.ping(ranks, self.survivors.ping_timeout)
-        with self.events.changed:
-            self._suspects |= silent
-
-
-def step_of(message: Received) -> Step:
-    round, number = message.header["step"]
-    return round, number

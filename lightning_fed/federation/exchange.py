@@ -142,6 +142,10 @@ class Exchange(ABC):
         self.sent_bytes[:] = 0
         self.server_bytes = self.wire_bytes = 0
 
+    def takes_part(self, round: int) -> bool:
+        """Whether this rank's clients should train in a round; not if the others have finished it already."""
+        return True
+
     def keep_time(self, clock: VirtualClock | None, seed: int) -> None:
         """Count simulated time from now on, or none."""
         if clock is not None:

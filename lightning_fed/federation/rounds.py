@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_fed.federation.elastic_exchange import ElasticExchange
 from lightning_fed.federation.sampler import JointBatch
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ def finish_round(strategy: FederatedStrategy) -> None:
     bank.bind_nothing()
     if strategy.clock is not None:
         strategy.pass_time(strategy.clock, strategy.cohort, local_steps(strategy))
-    if not strategy.is_elastic:
+    if isinstance(exchange, ElasticExchange):
+        exchange.begin_round(strategy.round, excluded=settle_nonfinite_here(strategy))
+    else:
         settle_nonfinite(strategy)
     strategy.mix(bank.rows.matrix, exchange)
     if bank.buffers.width and strategy.float_buffers == "mix":
@@ -71,24 +74,13 @@ def settle_nonfinite(strategy: FederatedStrategy) -> None:
     """
     bank, exchange = strategy.bank, strategy.exchange
     bad_here = np.zeros(len(bank.clients))
-    slots = [bank.slot(int(client)) for client in strategy.cohort if client in bank.clients]
-    if slots:
-        # A sum is not finite if an entry is not, and costs a tenth of torch.isfinite; a sum may also overflow, so the
-        # few suspects are looked at entry by entry.
-        sums = torch.stack([bank.rows.matrix[slot].sum() for slot in slots])
-        for index in (~torch.isfinite(sums)).nonzero().squeeze(1).tolist():
-            bad_here[slots[index]] = not bool(torch.isfinite(bank.rows.matrix[slots[index]]).all())
-    bad = exchange.gather_rows(bad_here)
-    clients = np.flatnonzero(bad)
+    bad_here[nonfinite_slots(strategy)] = 1
+    clients = np.flatnonzero(exchange.gather_rows(bad_here))
     if not len(clients):
         return
     rest = np.setdiff1d(strategy.cohort, clients)
     if strategy.on_nonfinite == "raise" or not len(rest):
-        raise RuntimeError(
-            f"the models of clients {clients.tolist()} are not finite at the end of round {strategy.round}: lower the "
-            "learning rate or clip gradients, or set on_nonfinite='drop' to go on without them (they restart from the "
-            "mean of the rest of the cohort)."
-        )
+        raise nonfinite_error(strategy, clients.tolist())
     rank_zero_warn(f"round {strategy.round}: clients {clients.tolist()} are not finite and restart from the others.")
     strategy.dropped = clients
     weights = np.zeros(strategy.num_clients)
@@ -98,3 +90,43 @@ def settle_nonfinite(strategy: FederatedStrategy) -> None:
         exchange.download(mean, rows.matrix, clients)
     for client in clients:
         bank.forget(int(client))
+
+
+def settle_nonfinite_here(strategy: FederatedStrategy) -> list[int]:
+    """Find clients of this rank alone whose row is not finite: refuse to go on, or return them, for others to ignore.
+
+    Raises:
+        RuntimeError: naming the clients and the round.
+    """
+    bank, slots = strategy.bank, nonfinite_slots(strategy)
+    clients = [bank.clients[slot] for slot in slots]
+    if clients and strategy.on_nonfinite == "raise":
+        raise nonfinite_error(strategy, clients)
+    for slot, client in zip(slots, clients):
+        # Numbers that are not finite would get into other rows even with a weight of zero.
+        bank.rows.matrix[slot] = 0
+        bank.buffers.matrix[slot] = 0
+        bank.forget(client)
+    return clients
+
+
+def nonfinite_slots(strategy: FederatedStrategy) -> list[int]:
+    """Which rows of this rank's part of the cohort are not finite."""
+    rows = strategy.bank.rows.matrix
+    slots = [strategy.bank.slot(int(client)) for client in strategy.cohort if client in strategy.bank.clients]
+    if not slots:
+        return []
+    # A sum is not finite if an entry is not, and costs a tenth of torch.isfinite; a sum may also overflow, so the few
+    # suspects are looked at entry by entry.
+    sums = torch.stack([rows[slot].sum() for slot in slots])
+    suspects = [slots[index] for index in (~torch.isfinite(sums)).nonzero().squeeze(1).tolist()]
+    return [slot for slot in suspects if not bool(torch.isfinite(rows[slot]).all())]
+
+
+def nonfinite_error(strategy: FederatedStrategy, clients: list[int]) -> RuntimeError:
+    """What is raised for clients whose models are not finite."""
+    return RuntimeError(
+        f"the models of clients {clients} are not finite at the end of round {strategy.round}: lower the learning "
+        "rate or clip gradients, or set on_nonfinite='drop' to go on without them (they restart from the mean of the "
+        "rest of the cohort)."
+    )

@@ -122,6 +122,7 @@ class ClientBatchSampler(Sampler[JointBatch]):
         seed: of the federation.
         rounds_per_epoch: rounds until the iterator ends.
         next_position: tells the first round that has not been completed, and how many of its joint steps are done.
+        takes_part: tells whether this rank's clients train in a round; if not, its joint steps are empty.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class ClientBatchSampler(Sampler[JointBatch]):
         seed: int,
         rounds_per_epoch: int,
         next_position: Callable[[], tuple[int, int]],
+        takes_part: Callable[[int], bool] = lambda round: True,
     ) -> None:
         self.shards = [torch.as_tensor(np.asarray(shard), dtype=torch.int64) for shard in shards]
         self.clients = clients
@@ -141,6 +143,7 @@ class ClientBatchSampler(Sampler[JointBatch]):
         self.seed = seed
         self.rounds_per_epoch = rounds_per_epoch
         self.next_position = next_position
+        self.takes_part = takes_part
 
     def joint_steps(self, round: int) -> int:
         """Minibatches of a round: those of its busiest client anywhere, rounded up to whole optimizer steps."""
@@ -168,7 +171,8 @@ class ClientBatchSampler(Sampler[JointBatch]):
 
     def _round(self, round: int) -> Iterator[JointBatch]:
         cohort = self.participation.cohort(round, len(self.shards), self.seed)
-        streams = {int(client): self._minibatches(int(client), round) for client in cohort if client in self.clients}
+        mine = [int(client) for client in cohort if client in self.clients] if self.takes_part(round) else []
+        streams = {client: self._minibatches(client, round) for client in mine}
         steps = self.joint_steps(round)
         for index in range(steps):
             parts = [part for stream in streams.values() if (part := next(stream, None)) is not None]

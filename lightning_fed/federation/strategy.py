@@ -277,6 +277,7 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         )
         self.shards = client_shards(dataloader.dataset, self.num_clients, self.seed)
         check_shards(self.shards, work)
+        rounds = self.rounds_per_epoch
         self._sampler = self.make_sampler(
             dataloader,
             shards=self.shards,
@@ -284,10 +285,9 @@ class FederatedStrategy(Algorithm, FederationProcesses):
             work=work,
             participation=self.participation,
             seed=self.seed,
-            rounds_per_epoch=work.rounds_per_pass(self.shards)
-            if self.rounds_per_epoch == "pass"
-            else self.rounds_per_epoch,
+            rounds_per_epoch=rounds if isinstance(rounds, int) else work.rounds_per_pass(self.shards),
             next_position=self.next_position,
+            takes_part=self.exchange.takes_part,
         )
         if self.peers is not None:
             self.peers.start()

@@ -58,6 +58,14 @@ class FedAvgStrategy(FederatedStrategy):
         self.weighting = weighting
         self.server_optimizer = server_optimizer
 
+    def setup_distributed(self) -> None:
+        if self.is_elastic and self.server_optimizer is not None:
+            raise ValueError(
+                "a server_optimizer has a state that ranks would lack when they come back: with on_peer_loss='drop' "
+                "leave it out."
+            )
+        super().setup_distributed()
+
     def setup_algorithm(self, bank: ClientBank, exchange: Exchange) -> None:
         self._server = nn.Parameter(bank.consensus[0].clone())
         self._server_buffers = bank.consensus[1].clone()

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_fed.federation.exchange import Exchange
 from lightning_fed.federation.participation import FullParticipation
 from lightning_fed.federation.strategy import FederatedStrategy
-from lightning_fed.mixing_matrix import restrict
+from lightning_fed.mixing_matrix import SUM_TOLERANCE, restrict
 from lightning_fed.topology import Topology, TopologyName, by_name
 
 
@@ -44,6 +44,11 @@ class GossipStrategy(FederatedStrategy):
     def setup_distributed(self) -> None:
         super().setup_distributed()
         weights = self.topology.weights(self.num_clients)  # refuses a bad graph before anything is loaded
+        if self.is_elastic and not np.allclose(weights, weights.T, rtol=0, atol=SUM_TOLERANCE):
+            raise ValueError(
+                "the weights of a directed topology are not doubly stochastic when ranks die: with "
+                "on_peer_loss='drop' use an undirected topology (ring, torus, star, complete, ...)."
+            )
         if not isinstance(self.participation, FullParticipation):
             restrict(weights, np.arange(self.num_clients) > 0)  # likewise a directed graph under partial participation
 

@@ -1,0 +1,167 @@
+"""The server of an elastic federation: the leader averages what the ranks upload, and another one follows if it dies.
+
+Whoever holds the average of a step gives it to a rank that asks for it or uploads its part late. A new leader asks all
+ranks before it averages, so an average of its predecessor that has reached anybody is taken over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_fed.federation.pair_record import Step
+from lightning_fed.federation.peer_mail import PeerMail, step_of
+from lightning_fed.federation.peer_network import Received
+
+
+@dataclass
+class Average:
+    """What the leader has made of a round's uploads.
+
+    Attributes:
+        round: of the step.
+        ranks: whose uploads are in it.
+        vector: the weighted mean, on the CPU.
+    """
+
+    round: int
+    ranks: list[int]
+    vector: Tensor
+
+
+class ElasticServer:
+    """One rank's part in averaging.
+
+    Args:
+        mail: of this rank.
+        send: sends a rank a header and tensors.
+    """
+
+    def __init__(self, mail: PeerMail, send: Callable[[int, dict[str, Any], list[Tensor]], None]) -> None:
+        self.mail, self._send = mail, send
+        self.network, self.events, self.survivors = mail.network, mail.events, mail.survivors
+        self._others = [rank for rank in range(self.network.num_ranks) if rank != self.network.rank]
+        self._averages: dict[int, Average] = {}  # the newest, by number in the round
+        self._obeyed = self.survivors.leader
+        self.events.on("part", self._on_part)
+        self.events.on("ask", self._on_ask)
+        self.events.on("average", self._on_average)
+
+    def held(self, step: Step) -> Average | None:
+        """The average of a step or of a newer one, if it is here."""
+        with self.events.changed:
+            average = self._averages.get(step[1])
+        return average if average is not None and average.round >= step[0] else None
+
+    def agree(self, step: Step, part: list[Tensor], weight: float, like: Tensor) -> Average:
+        """Bring this rank's part to the leader, or be the leader.
+
+        Args:
+            step: this rank's present one.
+            part: the weighted sum of its clients' rows, float64 ``[P]``; empty if none of them takes part.
+            weight: the sum of their weights.
+            like: a row ``[P]``, of the dtype of the average; also what it is if nobody ever takes part.
+
+        Returns:
+            the average of this step, or of a newer one if the others have gone on.
+        """
+        header = {"kind": "part", "step": step, "weight": weight}
+        with self.events.changed:
+            self.mail.forget_before("part", step)
+            self.mail.messages.setdefault(("part", step), {})[self.network.rank] = Received(
+                self.network.rank, header, part
+            )
+        served_by = None
+        while True:
+            if (average := self.held(step)) is None:
+                self.survivors.update()
+            with self.events.changed:
+                leader = self.survivors.leader
+                if (average := self.held(step)) is not None:
+                    return average
+                # From now on what an earlier leader has sent is refused: the new one counts on that.
+                self._obeyed = leader
+                resend = leader != served_by or leader in self.mail.lost
+                self.mail.lost.discard(leader)
+            if leader == self.network.rank:
+                self._serve(step, like)
+            else:
+                if resend:
+                    self._send(leader, header, part)
+                served_by = leader
+                self._await_average(step, leader)
+
+    def _await_average(self, step: Step, leader: int) -> None:
+        """Wait until there is an average, or a reason to ask for it again, but not too long to see who leads."""
+        self.events.wait_for(
+            lambda: self.held(step) is not None or leader in self.mail.lost or self._obeyed != leader,
+            self.survivors.ping_timeout,
+        )
+
+    def _serve(self, step: Step, like: Tensor) -> None:
+        """Wait for the parts of all that live, or for the average that an earlier leader has left with one of them."""
+        for rank in self._others:
+            self.network.note(rank, {"kind": "ask", "step": step})
+
+        def missing() -> set[int]:
+            with self.events.changed:
+                return set(self._others) - self.mail.messages[("part", step)].keys() - self.mail.suspects
+
+        while not self.events.wait_for(lambda: not missing() or self.held(step) is not None, self.mail.look_interval):
+            self.mail.look_after(missing())
+            self.survivors.update()
+            if not self.survivors.is_leader:
+                return
+        self.survivors.update()  # a rank that was stopped here does not lead any more
+        with self.events.changed:
+            if not self.survivors.is_leader:
+                return
+            if self.held(step) is None:
+                self._averages[step[1]] = self._average_of(self.mail.messages[("part", step)], step, like)
+            average, living = self._averages[step[1]], set(self._others) - self.mail.suspects
+        for rank in sorted(living):
+            self._send_average(rank, step[1], average)
+
+    def _average_of(self, parts: dict[int, Received], step: Step, like: Tensor) -> Average:
+        ranks = [rank for rank in sorted(parts) if parts[rank].tensors]
+        if not ranks:  # nobody of the cohort lives: the server keeps what it has, at first the common initial model
+            earlier = self._averages.get(step[1])
+            return Average(step[0], [], like.cpu().clone() if earlier is None else earlier.vector)
+        total = torch.zeros_like(like, dtype=torch.float64)
+        for rank in ranks:
+            total += parts[rank].tensors[0].to(total.device)
+        weight = float(np.sum([parts[rank].header["weight"] for rank in ranks]))
+        return Average(step[0], ranks, (total / weight).to(like.dtype).cpu())
+
+    def _send_average(self, rank: int, number: int, average: Average) -> None:
+        header = {"kind": "average", "step": (average.round, number), "ranks": average.ranks}
+        self._send(rank, header, [average.vector])
+
+    # Messages, on the thread of the events.
+
+    def _on_part(self, message: Received) -> None:
+        if not self._answered(message):
+            self.mail.keep(message)
+
+    def _on_ask(self, message: Received) -> None:
+        self._obeyed = message.sender
+        self._answered(message)
+
+    def _answered(self, message: Received) -> bool:
+        """Send a rank that asks for an average, or sends a part of it, the average; if there is one."""
+        self.mail.heard(message)
+        average = self.held(step_of(message))
+        if average is not None:
+            self._send_average(message.sender, step_of(message)[1], average)
+        return average is not None
+
+    def _on_average(self, message: Received) -> None:
+        self.mail.heard(message)
+        step = step_of(message)
+        if self._obeyed in (message.sender, self.network.rank) and self.held(step) is None:
+            self._averages[step[1]] = Average(step[0], message.header["ranks"], message.tensors[0])
