@@ -127,6 +127,7 @@ class Peers:
 
     def close(self) -> None:
         """Deliver what can be delivered soon, and end."""
+        self.survivors.finish()
         if self.events.is_alive():
             self.events.stop()
         self.network.flush(self.survivors.ping_timeout)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_fed.federation.peer_network import PeerNetwork
+
+logger = logging.getLogger(__name__)
 
 LEADER = "leader"
 
@@ -27,7 +32,10 @@ class Survivors:
     def __init__(self, network: PeerNetwork, ping_timeout: float) -> None:
         self.network = network
         self.ping_timeout = ping_timeout
+        self._look: threading.Thread | None = None
         self.leader = int(network.store.compare_set(LEADER, "", "0"))
+        if self.is_leader and network.incarnation > 1:
+            self._hand_over()
         self._obey()
 
     @property
@@ -46,6 +54,29 @@ class Survivors:
         if is_silent and self.living()[0] == self.network.rank:
             self.leader = int(store.compare_set(LEADER, str(self.leader), str(self.network.rank)))
         self._obey()
+
+    def _hand_over(self) -> None:
+        """A process that takes the place of a dead leader knows less than the others, so one of them leads."""
+        others = [rank for rank in self.living() if rank != self.network.rank]
+        if others:
+            self.leader = int(self.network.store.compare_set(LEADER, str(self.leader), str(others[0])))
+
+    def update_soon(self) -> None:
+        """The same on a thread of its own, because to find a leader silent takes as long as two pings."""
+        if self._look is None or not self._look.is_alive():
+            self._look = threading.Thread(target=self._update_quietly, name="leader", daemon=True)
+            self._look.start()
+
+    def finish(self) -> None:
+        """Wait for what :meth:`update_soon` has begun."""
+        if self._look is not None:
+            self._look.join()
+
+    def _update_quietly(self) -> None:
+        try:
+            self.update()
+        except RuntimeError as error:  # which the main thread finds out for itself
+            logger.debug("the store is gone: %s", error)
 
     def _obey(self) -> None:
         # Lightning's loggers and messages ask for "rank zero".

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 MESSAGES = {kind.__name__: kind for kind in (Ping, Pong, Announcement, TrainedModel, AggregatedModel)}
 # How many times within the restart timeout a rank looks for signs of progress, and gives some while it trains.
-LOOKS = 4
+LOOKS = 8
 
 
 class LiveFederation(Environment):
@@ -93,7 +93,7 @@ class LiveFederation(Environment):
         self._tasks: dict[int, dict[int, Tensor]] = {}
         self._outbox: dict[tuple[Any, ...], tuple[dict[str, Any], list[Tensor]]] = {}
         self._host_of = {client: host for host in range(layout.num_hosts) for client in layout.clients_of(host)}
-        self._quiet_since, self._last_signs = time.monotonic(), (0, 0)
+        self._quiet_since, self._last_signs = time.monotonic(), (0, 0, 0)
         self._last_sign_given = 0.0
         everyone = np.ones(layout.num_clients, dtype=bool)
         self.nodes = {c: Node(c, View(everyone), rules, self, model) for c in layout.clients_of(self.host)}
@@ -274,13 +274,17 @@ class LiveFederation(Environment):
         self._look_for_progress()
         if self._suspects:
             self._ask(self._suspects, lambda answered: self._suspects.difference_update(answered))
-        signs = self.progress, self._store.add("signs", 0)
+        signs = self._signs()
         if signs != self._last_signs:
             self._last_signs, self._quiet_since = signs, time.monotonic()
         elif time.monotonic() - self._quiet_since > self.rules.restart_timeout:
             self._quiet_since = time.monotonic()
             self._ask(range(self.network.num_ranks), self._restart)
         self.events.call_later(self.rules.restart_timeout / LOOKS, self._watch)
+
+    def _signs(self) -> tuple[int, int, int]:
+        """What changes when something goes on anywhere: rounds, work, restarts."""
+        return self.progress, self._store.add("signs", 0), self._store.add("restarts", 0)
 
     def _ask(self, ranks: Iterable[int], then: Callable[[set[int]], None]) -> None:
         """Which ranks are alive; asked on a thread of its own, because it waits for the silent ones."""
@@ -300,7 +304,10 @@ class LiveFederation(Environment):
                 node.lost(self.layout.clients_of(rank))
 
     def _restart(self, living: set[int]) -> None:
-        """Start the round again, if of all living ranks this one has the newest model."""
+        """Start the round again, if of all living ranks this one has the newest model, and nothing happened since."""
+        self._look_for_progress()
+        if self._signs() != self._last_signs:
+            return
         held = {rank: self._held_by(rank) for rank in living}
         best = sorted(rank for rank in held if held[rank] == max(held.values()))
         number = self._store.add("restarts", 0)

@@ -259,7 +259,10 @@ class MoDeSTStrategy(FederatedStrategy):
     def _take(self, round: int) -> list[int] | None:
         """Wait for clients of this rank to train in a round, and give them the models from which they start."""
         assert self._live is not None and self.peers is not None
-        self.peers.survivors.update()
+        if round + 2 < self._live.last_round:
+            self.peers.survivors.update_soon()
+        else:  # somebody must validate the result
+            self.peers.survivors.update()
         tasks = self._live.take(round + 1)
         if tasks is None:
             return None
