@@ -248,7 +248,7 @@ class MoDeSTStrategy(FederatedStrategy):
                 self.rules,
                 self.seed,
                 round=self.round + 1,
-                model=torch.cat(self._models[self._newest]).cpu(),
+                model=torch.cat(self._models[self._newest][: len(self._widths())]).cpu(),
                 sent_bytes=self.exchange.sent_bytes,
                 last_round=epochs + 1 if epochs is not None and epochs >= 0 else math.inf,
                 leader=lambda: survivors.leader,

@@ -183,6 +183,13 @@ def test_a_rank_that_is_started_again_catches_up_and_trains() -> None:
     assert not results[0]["leads"] and results[1]["leads"]
 
 
+def test_local_buffers_do_not_travel() -> None:
+    with ElasticRanks(2, fit, 8, 3, {**SETTINGS, "float_buffers": "local"}) as ranks:
+        results = ranks.results()
+    parameters = sum(parameter.numel() for parameter in Classifier().parameters())
+    assert all(result["epochs"] == 3 and len(result["model"]) == parameters for result in results.values())
+
+
 def test_the_leader_stops_all_ranks_early() -> None:
     with ElasticRanks(2, fit, 8, 500, SETTINGS, None, None, 3) as ranks:
         results = ranks.results()
