@@ -18,7 +18,6 @@ from lightning_fed.federation.survivors import Survivors
 # How long ranks wait at first for those that start more slowly, and how often they look.
 START_TIMEOUT = 60.0
 LOOK_INTERVAL = 0.02
-CONNECT_TIMEOUT = 30.0
 
 Logs = dict[str, LogEntry]
 
@@ -54,7 +53,6 @@ class Peers:
             num_ranks=num_ranks,
             prefix=f"lightning_fed/{fit}",
             send_timeout=message_timeout,
-            connect_timeout=CONNECT_TIMEOUT,
         )
         self.events = PeerEvents(self.network)
         self.survivors = Survivors(self.network, ping_timeout)

@@ -17,7 +17,7 @@ from lightning_fed.federation.elastic_launcher import ElasticScriptLauncher
 from lightning_fed.federation.exchange import CollectiveExchange, Exchange, LoopbackExchange
 from lightning_fed.federation.layout import Layout
 from lightning_fed.federation.peers import Peers
-from lightning_fed.federation.settings import check_choice
+from lightning_fed.federation.settings import check_choice, check_seconds
 
 
 class FederationProcesses(DDPStrategy):
@@ -52,8 +52,7 @@ class FederationProcesses(DDPStrategy):
         ping_timeout: float,
     ) -> None:
         check_choice("on_peer_loss", on_peer_loss, "raise", "drop")
-        if not ping_timeout > 0:
-            raise ValueError(f"ping_timeout={ping_timeout} must be more than 0 seconds.")
+        check_seconds(ping_timeout=ping_timeout)
         if on_peer_loss == "drop" and ranks_per_client > 1:
             raise ValueError(
                 f"ranks_per_client={ranks_per_client} makes ranks average gradients at every step, where all must "
@@ -66,7 +65,6 @@ class FederationProcesses(DDPStrategy):
         )
         self._forward_redirection = _ForwardRedirection()
         self._num_clients = num_clients
-        self._timeout_seconds = timeout
         self.ranks_per_client = ranks_per_client
         self.on_peer_loss = on_peer_loss
         self.ping_timeout = ping_timeout
@@ -139,7 +137,9 @@ class FederationProcesses(DDPStrategy):
         assert self.lightning_module is not None
         if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
             return
-        self.peers = Peers(self.global_rank, self.world_size, self._fits, self.ping_timeout, self._timeout_seconds)
+        assert self._timeout is not None
+        message_timeout = self._timeout.total_seconds()
+        self.peers = Peers(self.global_rank, self.world_size, self._fits, self.ping_timeout, message_timeout)
         self._fits += 1
         self.exchange = ElasticExchange(layout, self.peers)
 

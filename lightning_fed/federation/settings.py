@@ -25,6 +25,17 @@ def check_counts(**counts: int | None) -> None:
             raise ValueError(f"{name}={count} must be at least 1.")
 
 
+def check_seconds(**durations: float | None) -> None:
+    """Refuse durations that are not positive; None stands for a default.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    for name, seconds in durations.items():
+        if seconds is not None and not seconds > 0:
+            raise ValueError(f"{name}={seconds} must be more than 0 seconds.")
+
+
 def check_choice(name: str, choice: str, *choices: str) -> None:
     """Refuse a choice that is none of those that there are.
 

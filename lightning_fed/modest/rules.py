@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_fed.federation.settings import check_choice, check_counts
+from lightning_fed.federation.settings import check_choice, check_counts, check_seconds
 
 # In rounds: the class default of the code of 2023.
 DEFAULT_WINDOW = 50
@@ -40,10 +40,8 @@ class Rules:
             )
         if not 0 < self.success_fraction <= 1:
             raise ValueError(f"success_fraction={self.success_fraction} must be in (0, 1].")
-        for name in ("ping_timeout", "restart_timeout", "aggregation_timeout"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be more than 0 seconds.")
+        check_seconds(ping_timeout=self.ping_timeout, restart_timeout=self.restart_timeout)
+        check_seconds(aggregation_timeout=self.aggregation_timeout)
 
     def window(self, num_clients: int) -> int:
         """The activity window: as set; else 50 rounds, or more where living nodes would wait longer for their turn."""
