@@ -62,8 +62,8 @@ def finish_round(strategy: FederatedStrategy) -> None:
 def local_steps(strategy: FederatedStrategy) -> np.ndarray:
     """Optimizer steps that each client of the cohort takes in a round, int64 ``[cohort]``."""
     work = strategy.sampler.work
-    minibatches = [work.batches_per_round(len(strategy.shards[client])) for client in strategy.cohort]
-    return -(-np.array(minibatches, dtype=np.int64) // work.accumulate)
+    steps = [work.optimizer_steps_per_round(len(strategy.shards[client])) for client in strategy.cohort]
+    return np.array(steps, dtype=np.int64)
 
 
 def settle_nonfinite(strategy: FederatedStrategy) -> None:

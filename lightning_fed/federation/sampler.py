@@ -105,6 +105,9 @@ class LocalWork:
             return self.local_steps * self.accumulate
         return self.local_epochs * self.batches_per_pass(samples)
 
+    def optimizer_steps_per_round(self, samples: int) -> int:
+        return math.ceil(self.batches_per_round(samples) / self.accumulate)
+
     def rounds_per_pass(self, shards: Sequence[np.ndarray]) -> int:
         """Rounds in which the client with the largest shard sees all of it."""
         largest = max(len(shard) for shard in shards)

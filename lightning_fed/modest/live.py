@@ -145,9 +145,8 @@ class LiveFederation(Environment):
     def count_bytes(self) -> np.ndarray:
         """Bytes that each client has sent, as far as the ranks have told; int64 ``[N]``."""
         with self.events.changed:
-            mine = {client: int(self.sent_bytes[client]) for client in self.nodes}
-        self._main_store.set(f"bytes/{self.host}", json.dumps(list(mine.values())))
-        counts = self.sent_bytes.copy()
+            counts = self.sent_bytes.copy()
+        self._main_store.set(f"bytes/{self.host}", json.dumps(counts[list(self.nodes)].tolist()))
         for host in range(self.layout.num_hosts):
             if host != self.host and self._main_store.check([f"bytes/{host}"]):
                 clients = self.layout.clients_of(host)

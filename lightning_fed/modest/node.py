@@ -77,8 +77,7 @@ class Node:
         """React to a message."""
         if isinstance(message, ModelMessage):
             self.view.merge(message.view)
-        if not isinstance(message, Announcement):
-            self.view.saw(sender, max(message.round, self.round_estimate))
+        self.view.saw(sender, max(message.round, self.round_estimate))
         if isinstance(message, Ping):
             answer = Pong(self.round_estimate, message.phase, message.search)
             self.environment.send(self.client, sender, answer)
@@ -242,7 +241,6 @@ class Node:
             self.environment.send(self.client, int(peer), message)
 
     def _announced(self, sender: int, message: Announcement) -> None:
-        self.view.saw(sender, max(message.round, self.round_estimate))
         if message.joins:  # not at once: it should not be in a sample that is being drawn
             self._pending.append((sender, message))
         else:

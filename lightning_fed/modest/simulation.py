@@ -277,9 +277,7 @@ class Simulation(Environment):
         round = max(self._settled + 1, *(node.newest_round for node in live))
         order = hash_order(len(self.nodes), round).tolist()
         newest = max(node.best_model(round)[0] for node in live)
-        able = sorted(
-            (node for node in live if node.best_model(round)[0] == newest), key=lambda node: order.index(node.client)
-        )
+        able = [self.nodes[c] for c in order if self.online[c] and self.nodes[c].best_model(round)[0] == newest]
         if self._plan(round).restarts == MAX_RESTARTS:
             raise FederationDied(
                 f"round {round} was started {MAX_RESTARTS} times and never finished, as nodes go away too soon for "

@@ -113,7 +113,7 @@ class MoDeSTStrategy(FederatedStrategy):
                 availability=self.availability,
                 clock=self.clock,
                 model_bytes=self.bank.row_bytes if self.float_buffers == "mix" else self.bank.rows.row_bytes,
-                local_steps=lambda client: -(-work.batches_per_round(len(shards[client])) // work.accumulate),
+                local_steps=lambda client: work.optimizer_steps_per_round(len(shards[client])),
                 seed=self.seed,
             )
         return self._simulation
