@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_fed.federation.clients import ClientBank
 from lightning_fed.federation.exchange import Exchange
 from lightning_fed.federation.local_rules import Proximal
 from lightning_fed.federation.participation import FullParticipation, UniformSample
+from lightning_fed.federation.server_model import ServerModel
 from lightning_fed.federation.strategy import FederatedStrategy
 
 
@@ -67,13 +67,12 @@ class FedAvgStrategy(FederatedStrategy):
         super().setup_distributed()
 
     def setup_algorithm(self, bank: ClientBank, exchange: Exchange) -> None:
-        self._server = nn.Parameter(bank.consensus[0].clone())
+        self._server = ServerModel(bank.consensus[0], self.server_optimizer)
         self._server_buffers = bank.consensus[1].clone()
-        self._optimizer = self.server_optimizer([self._server]) if self.server_optimizer else None
 
     def server_row(self) -> Tensor:
         """The server's model x, ``[P]``."""
-        return self._server.data
+        return self._server.row
 
     def start_round(self, rows: Tensor, buffers: Tensor, exchange: Exchange) -> None:
         exchange.download(self.server_row(), rows, self.cohort)
@@ -82,12 +81,10 @@ class FedAvgStrategy(FederatedStrategy):
 
     def mix(self, rows: Tensor, exchange: Exchange) -> None:
         average = exchange.upload_mean(rows, self.aggregation_weights())  # sum_k p_k x_k
-        if self._optimizer is None:
-            self._server.data = average  # x <- sum_k p_k x_k
+        if self._server.has_optimizer:
+            self._server.step(self._server.row - average)  # along -Delta
         else:
-            self._server.grad = self._server.data - average  # -Delta
-            with torch.enable_grad():
-                self._optimizer.step()
+            self._server.become(average)  # x <- sum_k p_k x_k
 
     def mix_buffers(self, buffers: Tensor, exchange: Exchange) -> None:
         self._server_buffers = exchange.upload_mean(buffers, self.aggregation_weights())
@@ -106,14 +103,8 @@ class FedAvgStrategy(FederatedStrategy):
         return super().consensus_buffers(buffers, exchange) if self.float_buffers == "local" else self._server_buffers
 
     def algorithm_state(self) -> dict[str, Any]:
-        return {
-            "server": self.server_row(),
-            "server_buffers": self._server_buffers,
-            "optimizer": self._optimizer.state_dict() if self._optimizer else None,
-        }
+        return {"server": self._server.state(), "server_buffers": self._server_buffers}
 
     def load_algorithm_state(self, state: dict[str, Any]) -> None:
-        self._server.data = state["server"].to(self._server)
+        self._server.load_state(state["server"])
         self._server_buffers = state["server_buffers"].to(self._server_buffers)
-        if self._optimizer is not None:
-            self._optimizer.load_state_dict(state["optimizer"])
