@@ -164,6 +164,7 @@ class FederationMonitor(Callback):
             "bytes_sent": sent,
             "update_norm": update_norm,
             **facts.numbers,
+            **strategy.measure(strategy.exchange),
         }
         if strategy.clock is not None:
             numbers["virtual_seconds"] = strategy.clock.elapsed

@@ -44,7 +44,16 @@ class Algorithm(ABC):
 
     Only :meth:`mix` must be written. Rows and the :class:`Exchange` are all that an algorithm sees of the federation;
     it never calls ``torch.distributed``.
+
+    Attributes:
+        gathers_gradients: the clients' gradients meet before their optimizers step: see :meth:`directions`.
+        one_model: all clients train one model, with one optimizer state; only for what gathers gradients.
+        settles_nonfinite: the algorithm itself deals with rows that are not finite.
     """
+
+    gathers_gradients: bool = False
+    one_model: bool = False
+    settles_nonfinite: bool = False
 
     def setup_algorithm(self, bank: ClientBank, exchange: Exchange) -> None:
         """Make the algorithm's own state, when rows exist; called once a fit, before a checkpoint is restored."""
@@ -54,6 +63,18 @@ class Algorithm(ABC):
 
     def after_joint_step(self, joint: JointBatch) -> None:
         """What happens when this rank's clients have taken a local step each, before the round is over."""
+
+    def directions(self, gradients: Tensor, exchange: Exchange) -> Tensor | None:
+        """What the clients' optimizers take for their gradients; called before each round's step on every rank.
+
+        Args:
+            gradients: of this rank's clients, ``[C, P]``, at least float32; may be changed.
+            exchange: of this rank.
+
+        Returns:
+            ``[C, P]``, or None to leave out the step on all ranks (which must agree).
+        """
+        return gradients
 
     def pass_time(self, clock: VirtualClock, cohort: np.ndarray, local_steps: np.ndarray) -> None:
         """Let a round's local steps pass on the virtual clock, if there is one; called before :meth:`mix`.
@@ -94,6 +115,14 @@ class Algorithm(ABC):
     def round_facts(self, round: int) -> RoundFacts:
         """What callbacks may log and draw of a round that has ended, from 0; equal on all ranks."""
         return RoundFacts()
+
+    def measure(self, exchange: Exchange) -> dict[str, float]:
+        """What a monitor may log beside, at the price of a pass over rows or a collective call; equal on all ranks."""
+        return {}
+
+    def fixed_settings(self) -> dict[str, Any]:
+        """Settings, as plain values, that a run must share with the checkpoint from which it resumes."""
+        return {}
 
     def algorithm_state(self) -> dict[str, Any]:
         """State of the algorithm that a resumed run needs, equal on all ranks: tensors and plain values."""

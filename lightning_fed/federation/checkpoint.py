@@ -54,6 +54,7 @@ class FederationCheckpoint:
             "algorithm": type(strategy).__name__,
             "num_clients": layout.num_clients,
             "parameters": bank.rows.width,
+            "settings": strategy.fixed_settings(),
             "round": strategy.round,
             "joint_index": strategy.joint_index,
             "seed": strategy.seed,
@@ -66,9 +67,9 @@ class FederationCheckpoint:
         if layout.replica_of_rank(strategy.global_rank) == 0:
             clients = strategy.exchange.clients
             content = {
-                "rows": bank.rows.matrix.detach().clone(),
-                "buffers": bank.buffers.matrix.detach().clone(),
-                "counters": bank.counters.matrix.detach().clone(),
+                "rows": bank.rows.snapshot(),
+                "buffers": bank.buffers.snapshot(),
+                "counters": bank.counters.snapshot(),
                 "algorithm": {name: matrix.detach().clone() for name, matrix in strategy.client_matrices().items()},
                 "clients": {client: bank.state_of(client) for client in clients},
             }
@@ -105,21 +106,19 @@ class FederationCheckpoint:
             )
         return None
 
-    def check(self, algorithm: str, layout: Layout, module: nn.Module) -> None:
+    def check(self, algorithm: str, layout: Layout, module: nn.Module, settings: dict[str, Any]) -> None:
         """Refuse to resume another federation.
 
         Raises:
             ValueError: naming what differs.
         """
         parameters = sum(parameter.numel() for parameter in trainable_parameters(module))
-        for name, mine in (
-            ("algorithm", algorithm),
-            ("num_clients", layout.num_clients),
-            ("parameters", parameters),
-        ):
-            if self.header[name] != mine:
+        mine = {"algorithm": algorithm, "num_clients": layout.num_clients, "parameters": parameters, **settings}
+        theirs = {**self.header, **self.header["settings"]}
+        for name in mine:
+            if theirs[name] != mine[name]:
                 raise ValueError(
-                    f"the checkpoint {str(self.path)!r} has {name}={self.header[name]!r}, but this run has {mine!r}: "
+                    f"the checkpoint {str(self.path)!r} has {name}={theirs[name]!r}, but this run has {mine[name]!r}: "
                     "resume with the settings of the run that saved it, or load only its weights with "
                     "`load_from_checkpoint`."
                 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_fed.compression import Layer
 from lightning_fed.federation.rows import ModuleBuffers, Rows, trainable_parameters
 
 OptimizerState = defaultdict[Any, dict[str, Any]]
@@ -24,6 +25,7 @@ class ClientBank:
     Args:
         module: the module that all clients share; its present state is every client's initial state.
         clients: the numbers of the clients on this rank.
+        one_model: they are replicas of one model: parameters and optimizer state exist once.
 
     Attributes:
         rows: parameters ``[C, P]``.
@@ -32,11 +34,12 @@ class ClientBank:
         bound: the client that the module's tensors are views of, or None for the consensus model.
     """
 
-    def __init__(self, module: nn.Module, clients: range) -> None:
+    def __init__(self, module: nn.Module, clients: range, one_model: bool = False) -> None:
         self.module = module
         self.clients = clients
+        self.one_model = one_model
         self._float_buffers, self._integer_buffers = ModuleBuffers(module, True), ModuleBuffers(module, False)
-        self.rows = Rows(trainable_parameters(module), len(clients))
+        self.rows = Rows(trainable_parameters(module), len(clients), one_for_all=one_model)
         self.buffers = Rows(self._float_buffers.tensors, len(clients))
         self.counters = Rows(self._integer_buffers.tensors, len(clients))
         self.consensus = [rows.gather() for rows in self.matrices]
@@ -64,6 +67,12 @@ class ClientBank:
     def parameters(self) -> list[nn.Parameter]:
         return self.rows.tensors  # type: ignore[return-value]
 
+    @property
+    def layers(self) -> list[Layer]:
+        """The tensors that a row consists of, in order."""
+        trainable = [(name, value) for name, value in self.module.named_parameters() if value.requires_grad]
+        return [Layer(name, value.shape) for name, value in trainable]
+
     def use_optimizers(
         self, optimizers: list[Optimizer], scaler: torch.amp.GradScaler | None, keep_gradients: bool
     ) -> None:
@@ -81,6 +90,10 @@ class ClientBank:
     def slot(self, client: int) -> int:
         """The row number of a client on this rank."""
         return client - self.clients.start
+
+    def _stepper(self, client: int) -> int:
+        """Whose optimizer state and loss scale are a client's: its own, or those of the one model."""
+        return self.clients.start if self.one_model else client
 
     def bind_client(self, client: int) -> None:
         """Make the module, the optimizers and the loss scaler those of one client; nothing is copied."""
@@ -147,18 +160,19 @@ class ClientBank:
         scaler = self.scaler
         if scaler is None or scaler._scale is None or scaler._growth_tracker is None:
             return
-        if client in self._scalers:
-            scaler._scale, scaler._growth_tracker = (value.clone() for value in self._scalers[client])
+        if (stepper := self._stepper(client)) in self._scalers:
+            scaler._scale, scaler._growth_tracker = (value.clone() for value in self._scalers[stepper])
         else:  # a client's first step: the initial scale, not what its predecessor on this rank has reached
             scaler._scale = torch.full_like(scaler._scale, self._initial_scale)
             scaler._growth_tracker = torch.zeros_like(scaler._growth_tracker)
 
     def _save_scaler(self, client: int) -> None:
         if self.scaler is not None and self.scaler._scale is not None and self.scaler._growth_tracker is not None:
-            self._scalers[client] = self.scaler._scale.clone(), self.scaler._growth_tracker.clone()
+            self._scalers[self._stepper(client)] = self.scaler._scale.clone(), self.scaler._growth_tracker.clone()
 
     def optimizer_states(self, client: int) -> list[OptimizerState]:
         """The ``state`` dictionaries of one client, one an optimizer; empty at first."""
+        client = self._stepper(client)
         if client not in self._optimizer_states:
             self._optimizer_states[client] = [defaultdict(dict) for _ in self.optimizers]
         return self._optimizer_states[client]
@@ -202,7 +216,7 @@ class ClientBank:
             optimizer_before, optimizer.state = optimizer.state, state
             states.append(optimizer.state_dict()["state"])
             optimizer.state = optimizer_before
-        return {"optimizers": states, "scaler": self._scalers.get(client)}
+        return {"optimizers": states, "scaler": self._scalers.get(self._stepper(client))}
 
     def load_state_of(self, client: int, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_of`; the optimizers' hyperparameters stay as they are."""
@@ -214,4 +228,5 @@ class ClientBank:
             optimizer.state = optimizer_before
         if state["scaler"] is not None:
             scale, growth = state["scaler"]
-            self._scalers[client] = scale.to(self.rows.matrix.device), growth.to(self.rows.matrix.device)
+            device = self.rows.matrix.device
+            self._scalers[self._stepper(client)] = scale.to(device), growth.to(device)

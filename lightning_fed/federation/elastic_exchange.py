@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_fed.federation.elastic_server import Average, ElasticServer
-from lightning_fed.federation.exchange import CACHED_MATRICES, COLUMNS_PER_BLOCK, Exchange, MixingPlan
+from lightning_fed.federation.exchange import CACHED_MATRICES, COLUMNS_PER_BLOCK, Exchange, MixingPlan, SharedMessages
 from lightning_fed.federation.layout import Layout
 from lightning_fed.federation.pair_record import PairRecord, Step
 from lightning_fed.federation.peer_mail import PeerMail
@@ -95,6 +95,14 @@ class ElasticExchange(Exchange):
         values_N = np.full(self.layout.num_clients, np.nan)
         values_N[self.clients.start : self.clients.stop] = values_C
         return values_N
+
+    def share(self, messages_CB: Tensor, support_NN: np.ndarray) -> SharedMessages:
+        """Refused: who misses one packed message can never again follow the sender's state.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("compressed messages need all ranks to live: use on_peer_loss='raise', or no compressor.")
 
     # ------------------------------------------------------------------------------------------------------- gossip
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_fed.federation.layout import Layout
 from lightning_fed.federation.rows import Rows
@@ -38,6 +38,19 @@ SPARSE_CLIENTS = 32
 CACHED_MATRICES = 32
 
 
+class SharedMessages:
+    """Messages on their way.
+
+    Args:
+        senders: whose messages come, sorted client numbers.
+        receive: waits, and returns the messages ``[M, B]`` in that order.
+    """
+
+    def __init__(self, senders: Sequence[int], receive: Callable[[], Tensor]) -> None:
+        self.senders = senders
+        self.receive = receive
+
+
 @dataclass
 class MixingPlan:
     """What one rank does for ``X <- W X``: whose rows it sends, receives and combines.
@@ -49,14 +62,19 @@ class MixingPlan:
         send: for each peer host, the local row numbers that it needs.
         receive: for each peer host, in order, how many rows come from it (in client order).
         before: how many of the received rows come from lower hosts.
+        columns: int64, whose rows the columns of ``weights`` are: clients of other hosts that are needed, and all of
+            this host's.
         sent_rows: int64 ``[N]``, rows that each client sends to other clients (on any rank).
+        reaches_everyone: whether each client needs the rows of all.
     """
 
     weights: Tensor
     send: dict[int, Tensor]
     receive: dict[int, int]
     before: int
+    columns: list[int]
     sent_rows: np.ndarray
+    reaches_everyone: bool
 
     @property
     def remote(self) -> int:
@@ -91,7 +109,7 @@ def plan_mixing(weights_NN: np.ndarray, layout: Layout, host: int, matrix: Tenso
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             local = local.to_sparse_csr()
     sent_rows = support.sum(axis=0) - np.diag(support)
-    return MixingPlan(local, send, receive, before, sent_rows.astype(np.int64))
+    return MixingPlan(local, send, receive, before, columns, sent_rows.astype(np.int64), bool(support.all()))
 
 
 @contextmanager
@@ -122,6 +140,7 @@ class Exchange(ABC):
         server_bytes: bytes that the (virtual) server has sent.
         wire_bytes: bytes that really left this rank for mixing.
         clock: what the communication takes; None if no time is counted.
+        everyone: a constant matrix ``[N, N]``: each client with each.
         riders: rows that travel in the messages of other rows (float buffers beside parameters), so that the clock
             sees one message.
     """
@@ -135,6 +154,7 @@ class Exchange(ABC):
         self.wire_bytes = 0
         self.clock: VirtualClock | None = None
         self.riders: Rows | None = None
+        self.everyone = np.ones((layout.num_clients, layout.num_clients), dtype=bool)
         self._plans: OrderedDict[tuple[Any, ...], tuple[np.ndarray, MixingPlan]] = OrderedDict()
 
     def reset_counts(self) -> None:
@@ -229,6 +249,27 @@ class Exchange(ABC):
             if client in self.clients:
                 rows_CP[client - self.clients.start] = vector_P
 
+    @abstractmethod
+    def share(self, messages_CB: Tensor, support_NN: np.ndarray) -> SharedMessages:
+        """Begin to send every client's packed message to those that need it; returns at once.
+
+        The caller counts what it costs, once for all parts of a message: :meth:`count_messages`.
+
+        Args:
+            messages_CB: uint8, one message a client of this rank, of one length B everywhere. Leave it unchanged until
+                the messages have come.
+            support_NN: client i needs the message of each j with ``support[i, j] != 0``, the same on every rank. Pass
+                the *same array object* for equal matrices.
+        """
+
+    def count_messages(self, support_NN: np.ndarray, message_bytes: int) -> None:
+        """Count a message of so many bytes from j to every other i with ``support[i, j] != 0``, and its time."""
+        support = support_NN != 0
+        self.sent_bytes += (support.sum(axis=0) - np.diag(support)) * message_bytes
+        if self.clock is not None:
+            riders = self.riders.row_bytes if self.riders is not None else 0
+            self.clock.mixed(support, message_bytes + riders)
+
     def gather_rows(self, values_C: np.ndarray) -> np.ndarray:
         """All clients' numbers ``[N]`` from each rank's own ``[C]``; float64, for decisions and logs."""
         values_N = torch.zeros(self.layout.num_clients, dtype=torch.float64)
@@ -265,6 +306,9 @@ class LoopbackExchange(Exchange):
         for block in rows_CP.split(COLUMNS_PER_BLOCK, dim=1):
             block.copy_(plan.weights @ block.contiguous())
 
+    def share(self, messages_CB: Tensor, support_NN: np.ndarray) -> SharedMessages:
+        return SharedMessages(self.clients, lambda: messages_CB)
+
 
 class CollectiveExchange(Exchange):
     """Clients over the ranks of a process group (NCCL or gloo); all ranks must live.
@@ -295,21 +339,58 @@ class CollectiveExchange(Exchange):
         row_bytes = rows_CP.element_size() * max(plan.remote, 1)
         width = min(rows_CP.shape[1], max(REMOTE_BLOCK_BYTES // row_bytes, 1))
         for block in rows_CP.split(max(width, 1), dim=1):
-            received = self._swap(block, plan)
+            received = self._swap(block, plan)()
             for columns, remote in zip(block.split(COLUMNS_PER_BLOCK, dim=1), received.split(COLUMNS_PER_BLOCK, dim=1)):
                 columns.copy_(plan.weights @ torch.cat([remote[: plan.before], columns, remote[plan.before :]]))
 
-    def _swap(self, block: Tensor, plan: MixingPlan) -> Tensor:
-        """Send what the peers need of one block of columns, and return the peers' rows ``[H, columns]``."""
-        wire = torch.device("cpu") if self._stages_on_cpu else block.device
-        received = torch.empty((plan.remote, block.shape[1]), dtype=block.dtype, device=wire)
+    def share(self, messages_CB: Tensor, support_NN: np.ndarray) -> SharedMessages:
+        plan = self._plan(support_NN, messages_CB)
+        if plan.reaches_everyone:
+            return SharedMessages(range(self.layout.num_clients), self._gather(messages_CB))
+        receive = self._swap(messages_CB, plan)
+
+        def in_order() -> Tensor:
+            remote = receive()
+            return torch.cat([remote[: plan.before], messages_CB, remote[plan.before :]])
+
+        return SharedMessages(plan.columns, in_order)
+
+    def _gather(self, messages_CB: Tensor) -> Callable[[], Tensor]:
+        """Begin to give every host the messages of all; the result waits, and returns them ``[N, B]``."""
+        sizes = [len(self.layout.clients_of(host)) for host in range(self.layout.num_hosts)]
+        mine = nn.functional.pad(messages_CB, (0, 0, 0, max(sizes) - len(messages_CB))).to(self._wire(messages_CB))
+        everyone = mine.new_empty((len(sizes) * len(mine), mine.shape[1]))
+        work = dist.all_gather_into_tensor(everyone, mine, group=self.group, async_op=True)
+        self.wire_bytes += messages_CB.numel() * (len(sizes) - 1)
+
+        def receive() -> Tensor:
+            assert work is not None
+            work.wait()
+            blocks = everyone.to(messages_CB.device).split(len(mine))
+            return torch.cat([block[:size] for block, size in zip(blocks, sizes)])
+
+        return receive
+
+    def _swap(self, block: Tensor, plan: MixingPlan) -> Callable[[], Tensor]:
+        """Begin to send what the peers need of a block; the result waits, and returns their rows ``[H, columns]``."""
+        received = torch.empty((plan.remote, block.shape[1]), dtype=block.dtype, device=self._wire(block))
         operations = []
         for peer, part in zip(plan.receive, received.split(list(plan.receive.values()))):
             operations.append(dist.P2POp(dist.irecv, part, group=self.group, group_peer=peer))
         for peer, rows in plan.send.items():
-            message = block[rows].to(wire)
+            message = block[rows].to(received.device)
             self.wire_bytes += message.numel() * message.element_size()
             operations.append(dist.P2POp(dist.isend, message, group=self.group, group_peer=peer))
-        for work in dist.batch_isend_irecv(operations) if operations else ():
-            work.wait()
-        return received.to(block.device)
+        works = dist.batch_isend_irecv(operations) if operations else []
+
+        def receive() -> Tensor:
+            for work in works:
+                work.wait()
+            operations.clear()  # which kept the sent messages alive
+            return received.to(block.device)
+
+        return receive
+
+    def _wire(self, tensor: Tensor) -> torch.device:
+        """Where the backend takes tensors from."""
+        return torch.device("cpu") if self._stages_on_cpu else tensor.device

@@ -21,6 +21,7 @@ from torchmetrics import Metric
 
 from lightning_fed.federation.client_logs import ClientLogs
 from lightning_fed.federation.companion import Companion
+from lightning_fed.federation.gradient_step import GradientStep
 from lightning_fed.federation.local_rules import LocalGradient
 from lightning_fed.federation.randomness import Stream, derive_seed, seed_generators
 from lightning_fed.federation.rounds import finish_joint_step
@@ -69,6 +70,7 @@ class LocalStep:
         self._takes_batch_idx = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self._manual_steps = 1
         self._outcome: Outcome = None, {}
+        self._gradient_step = GradientStep(strategy) if strategy.gathers_gradients else None
         self.is_plain = not self._hooks_in_use()
         owners = [owner for owner in (module, module.trainer.datamodule) if owner is not None]  # type: ignore[attr-defined]
         hooks = ("transfer_batch_to_device", "on_after_batch_transfer")
@@ -103,7 +105,7 @@ class LocalStep:
         optimizer: Optimizer,
         closure: Callable[[], Any],
         step: Callable[..., Any],
-        lightning: Callable[[bool], None],
+        lightning: Callable[[Callable[[], Any]], None],
     ) -> None:
         """Automatic optimization: one local step of every client in the joint batch.
 
@@ -111,28 +113,36 @@ class LocalStep:
             optimizer: the only one.
             closure: Lightning's, whose result is going to be read.
             step: the strategy's plain ``training_step``.
-            lightning: runs the closure, and the optimizer if told so, the way Lightning does.
+            lightning: steps the optimizer with a closure, the way Lightning does.
         """
         assert self.joint is not None
         outcomes: list[Outcome] = []
         for part in self.joint.parts:
             self._enter(part)
+            steps = part.steps_optimizer and self._gradient_step is None
             if self.is_plain:
-                outcomes.append(self._run_plain(optimizer, step, part))
+                outcomes.append(self._run_plain(optimizer, step, steps))
             else:
-                lightning(part.steps_optimizer)
+                lightning(closure) if steps else closure()
                 if isinstance(closure, Closure) and closure._result is not None:
                     outcomes.append((closure._result.loss, closure._result.extra))
-            if part.steps_optimizer and self.bank.keep_gradients:
+            if part.steps_optimizer and self._gradient_step is not None:
+                self.before_optimizer_step(optimizer)
+                self._gradient_step.gather()
+            elif part.steps_optimizer and self.bank.keep_gradients:
                 self.bank.clear_gradients()
+        result = mean_result(outcomes)
+        if self._gradient_step is not None and self.joint.is_last_of_round:
+            self._part = None
+            self._gradient_step.step(result.loss, lightning)
         self._finish()
         if isinstance(closure, Closure):
-            closure._result = mean_result(outcomes)
+            closure._result = result
 
-    def _run_plain(self, optimizer: Optimizer, step: Callable[..., Any], part: ClientBatch) -> Outcome:
+    def _run_plain(self, optimizer: Optimizer, step: Callable[..., Any], steps_optimizer: bool) -> Outcome:
         """What Lightning's closure and precision plugin do, without the hooks that nobody uses."""
         self._step = self.module.training_step if self._context_is_empty else step
-        if part.steps_optimizer:
+        if steps_optimizer:
             optimizer.step(closure=partial(self._plain_closure, optimizer))  # type: ignore[arg-type]
         else:
             self._plain_closure(None)
@@ -238,7 +248,7 @@ class LocalStep:
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Let the local rule add to the gradients that the optimizer is going to use."""
         rule, client = self.strategy.local_rule, self.bank.bound
-        if rule is None:
+        if rule is None or self._part is None:  # gradients that have met are nobody's own
             return
         assert client is not None
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

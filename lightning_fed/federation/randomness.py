@@ -24,9 +24,10 @@ class Stream(IntEnum):
     DATA = 4
     ROUND = 5
     SPLIT = 6
-    MEMBERSHIP = 9
     AVAILABILITY = 7
     CLOCK = 8
+    MEMBERSHIP = 9
+    COMPRESSION = 10
 
 
 def derive_seed(stream: Stream, *key: int) -> int:

@@ -22,6 +22,8 @@ def start_round(strategy: FederatedStrategy) -> None:
     if strategy.optimizer_state_policy == "reset":
         bank.reset_optimizers()
     strategy.dropped = np.array([], dtype=np.int64)
+    if strategy.gathers_gradients or strategy.settles_nonfinite:
+        strategy.buffers_before = bank.buffers.matrix.clone()
     strategy.start_round(bank.rows.matrix, bank.buffers.matrix, strategy.exchange)
 
 
@@ -48,7 +50,7 @@ def finish_round(strategy: FederatedStrategy) -> None:
         strategy.pass_time(strategy.clock, strategy.cohort, local_steps(strategy))
     if isinstance(exchange, ElasticExchange):
         exchange.begin_round(strategy.round, excluded=settle_nonfinite_here(strategy))
-    else:
+    elif not strategy.settles_nonfinite:
         settle_nonfinite(strategy)
     strategy.mix(bank.rows.matrix, exchange)
     if bank.buffers.width and strategy.float_buffers == "mix":
@@ -57,6 +59,12 @@ def finish_round(strategy: FederatedStrategy) -> None:
         bank.reset_optimizers()
     strategy.round += 1
     strategy.joint_index = 0
+
+
+def restore_buffers(strategy: FederatedStrategy) -> None:
+    """Undo what a step that is left out has done to float buffers: its batches may not have been finite."""
+    strategy.bank.bind_nothing()
+    strategy.bank.buffers.matrix.copy_(strategy.buffers_before)
 
 
 def local_steps(strategy: FederatedStrategy) -> np.ndarray:

@@ -24,17 +24,22 @@ class Rows:
         tensors: the tensors of the module, all of one dtype and device (parameters, or float buffers). Their present
             values become every client's initial values.
         num_rows: C.
+        one_for_all: all rows are the same memory: the clients are replicas of one model.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], num_rows: int) -> None:
+    def __init__(self, tensors: Sequence[Tensor], num_rows: int, one_for_all: bool = False) -> None:
         self.tensors = list(tensors)
         self.width = sum(tensor.numel() for tensor in self.tensors)
+        self.one_for_all = one_for_all
         initial = self.gather()
+        self._views: dict[int, Sequence[Tensor]] = {}
+        if one_for_all:
+            self.matrix = initial.expand(num_rows, -1)
+            return
         lane = ALIGNMENT_BYTES // initial.element_size()
         stride = self.width if num_rows == 1 else -(-self.width // lane) * lane
         self.matrix = initial.new_zeros((num_rows, stride))[:, : self.width]
         self.matrix.copy_(initial)
-        self._views: dict[int, Sequence[Tensor]] = {}
 
     @property
     def row_bytes(self) -> int:
@@ -67,7 +72,16 @@ class Rows:
     def to(self, device: torch.device) -> None:
         """Move the matrix."""
         self.forget_views()
-        self.matrix = self.matrix.to(device)
+        if self.one_for_all:
+            self.matrix = self.matrix[0].to(device).expand(len(self.matrix), -1)
+        else:
+            self.matrix = self.matrix.to(device)
+
+    def snapshot(self) -> Tensor:
+        """A copy of the matrix; in memory and in a file as small as the matrix itself."""
+        if self.one_for_all:
+            return self.matrix[0].detach().clone().expand(len(self.matrix), -1)
+        return self.matrix.detach().clone()
 
     def release(self) -> None:
         """Give every tensor its own storage again, with its present value."""

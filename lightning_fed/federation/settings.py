@@ -12,6 +12,7 @@ from lightning_fed.federation.layout import Layout
 
 if TYPE_CHECKING:
     from lightning_fed.federation.local_rules import LocalRule
+    from lightning_fed.federation.strategy import FederatedStrategy
 
 
 def check_counts(**counts: int | None) -> None:
@@ -44,6 +45,19 @@ def check_choice(name: str, choice: str, *choices: str) -> None:
     """
     if choice not in choices:
         raise ValueError(f"{name}={choice!r} is not one of {choices}.")
+
+
+def check_training(strategy: FederatedStrategy, module: LightningModule) -> None:
+    """Refuse a module, its optimizers and its schedulers if the strategy cannot train them.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    check_local_rule(strategy.local_rule, module)
+    if strategy.gathers_gradients:
+        check_gathering(strategy, module)
+    else:  # clients that gather gradients all take the same number of steps
+        check_schedulers(strategy.lr_scheduler_configs, module, strategy.layout, strategy.is_elastic)
 
 
 def check_local_rule(rule: LocalRule | None, module: LightningModule) -> None:
@@ -79,4 +93,23 @@ def check_schedulers(
             f"the scheduler {type(per_step[0].scheduler).__name__} has interval='step', which has no meaning when "
             f"several clients share a rank (num_clients={layout.num_clients}) and take different numbers of steps: "
             "use interval='epoch' (once a round)."
+        )
+
+
+def check_gathering(strategy: FederatedStrategy, module: LightningModule) -> None:
+    """Refuse settings under which the clients' gradients cannot meet at every step.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    name = type(strategy).__name__
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{name} exchanges gradients before the optimizer steps, but {type(module).__name__} has "
+            "automatic_optimization=False and steps by itself: use automatic optimization."
+        )
+    if strategy.local_steps != 1:
+        raise ValueError(
+            f"{name} exchanges gradients at every step, but local_steps={strategy.local_steps}: set local_steps=1 (and "
+            "rounds_per_epoch='pass')."
         )

@@ -41,7 +41,7 @@ from lightning_fed.federation.sampler import (
     client_shards,
     federated_loader,
 )
-from lightning_fed.federation.settings import check_choice, check_counts, check_local_rule, check_schedulers
+from lightning_fed.federation.settings import check_choice, check_counts, check_training
 from lightning_fed.federation.virtual_clock import VirtualClock
 
 
@@ -119,6 +119,7 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         self.joint_index = 0
         self.dropped: np.ndarray = np.array([], dtype=np.int64)
         self.shards: list[np.ndarray] = []
+        self.buffers_before = torch.empty(0)
         self._cohort: tuple[tuple[int, int, int], np.ndarray] | None = None
         self._bank: ClientBank | None = None
         self._local_step: LocalStep | None = None
@@ -221,7 +222,7 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         resume, self._resume = self._resume, None
         wanted = fitting or self.evaluate != "consensus"
         if resume is not None and wanted:
-            resume.check(type(self).__name__, self.layout, module)
+            resume.check(type(self).__name__, self.layout, module, self.fixed_settings())
         elif self._bank is not None and self._bank_of == (module, trainer) and self._bank.is_exported_unchanged():
             self._bank.to(self.root_device)
             return
@@ -232,7 +233,7 @@ class FederatedStrategy(Algorithm, FederationProcesses):
                     "this Trainer first, pass the `ckpt_path` of a federated run, or set evaluate='consensus'."
                 )
             return
-        self._bank = ClientBank(module, self.exchange.clients)
+        self._bank = ClientBank(module, self.exchange.clients, self.one_model)
         self._bank_of = (module, trainer)
         self.round, self.joint_index = 0, 0
         self.exchange.reset_counts()
@@ -243,12 +244,12 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         if resume is not None:
             resume.restore(self)
             self._resume = resume
+        self.buffers_before = self._bank.buffers.matrix.clone()
 
     def _setup_training(self, trainer: Trainer) -> None:
         module = self.lightning_module
         assert module is not None
-        check_local_rule(self.local_rule, module)
-        check_schedulers(self.lr_scheduler_configs, module, self.layout, self.is_elastic)
+        check_training(self, module)
         keep_gradients = not module.automatic_optimization or trainer.accumulate_grad_batches > 1
         self.bank.use_optimizers(self.optimizers, getattr(self.precision_plugin, "scaler", None), keep_gradients)
         self._local_step = LocalStep(self, module)
@@ -324,13 +325,10 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         if not self.lightning_module.automatic_optimization:
             return step(optimizer, closure, model, **kwargs)
 
-        def local(steps_optimizer: bool) -> None:
-            if steps_optimizer:
-                step(optimizer, closure, model, **kwargs)
-            else:
-                closure()
+        def lightning(closure: Callable[[], Any]) -> None:
+            step(optimizer, closure, model, **kwargs)
 
-        return self.local_step.run_automatic(optimizer, closure, super().training_step, local)
+        return self.local_step.run_automatic(optimizer, closure, super().training_step, lightning)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
@@ -366,6 +364,10 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         """
         with torch.inference_mode(False), torch.no_grad():
             rows = self.bank.rows.matrix
+            if self.one_model:  # replicas; a few bytes tell whether they are equal indeed
+                sums = np.full(len(rows), float(rows[0].double().sum()))
+                if np.ptp(self.exchange.gather_rows(sums)) == 0:
+                    return 0.0
             mean = self.bank.consensus[0] if self.is_elastic else self.exchange.mean(rows)
             squares = (rows - mean).square().sum(dim=1).double().cpu().numpy()
         return float(np.sqrt((squares if self.is_elastic else self.exchange.gather_rows(squares)).mean()))

@@ -23,6 +23,7 @@ class Remembering(GossipStrategy):
     """An algorithm with state of its own for each client: the sum of its rows so far."""
 
     def setup_algorithm(self, bank: Any, exchange: Any) -> None:
+        super().setup_algorithm(bank, exchange)
         self.memory = torch.zeros_like(bank.rows.matrix)
 
     def mix(self, rows: torch.Tensor, exchange: Any) -> None:
@@ -32,7 +33,7 @@ class Remembering(GossipStrategy):
         super().mix(rows, exchange)
 
     def client_matrices(self) -> dict[str, torch.Tensor]:
-        return {"memory": self.memory}
+        return {**super().client_matrices(), "memory": self.memory}
 
 
 def server_adam(parameters: Any) -> torch.optim.Optimizer:

@@ -1,0 +1,92 @@
+"""The joint step of algorithms whose gradients meet before any optimizer steps.
+
+Shapes: C = clients on this rank, P = trainable parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
+
+from lightning_fed.federation.rounds import restore_buffers
+
+if TYPE_CHECKING:
+    from lightning_fed.federation.strategy import FederatedStrategy
+
+
+def state_dtype(rows: Tensor) -> torch.dtype:
+    """Of what is accumulated over many rounds: float32 for rows of less, in which small differences would vanish."""
+    return torch.promote_types(rows.dtype, torch.float32)
+
+
+class GradientStep:
+    """Gathers the clients' gradients, and steps the optimizers along what the algorithm makes of them.
+
+    The optimizer, the scheduler, clipping and Lightning's hooks are the user's: they see the algorithm's directions
+    where they would see gradients.
+
+    Args:
+        strategy: whose ``directions`` are asked for.
+    """
+
+    def __init__(self, strategy: FederatedStrategy) -> None:
+        self.strategy = strategy
+        self.bank = strategy.bank
+        rows = self.bank.rows.matrix
+        self.gradients = torch.zeros(rows.shape, dtype=state_dtype(rows), device=rows.device)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Take the bound client's gradient, unscaled, into its row."""
+        row = self.gradients[self.bank.slot(self._bound())]
+        for place, parameter in zip(self._views(row), self.bank.parameters):
+            if parameter.grad is None:
+                place.zero_()
+            else:
+                place.copy_(parameter.grad)
+        scaler = self.bank.scaler
+        if scaler is not None and scaler._scale is not None:
+            row.div_(scaler._scale)
+        self.bank.clear_gradients()
+
+    @torch.no_grad()
+    def step(self, loss: Tensor | None, lightning: Callable[[Callable[[], Tensor | None]], None]) -> None:
+        """Step every client's optimizer, or the one optimizer of the one model that all clients share.
+
+        Args:
+            loss: what the closure returns.
+            lightning: steps the optimizer of the bound client with such a closure, the way Lightning does.
+        """
+        directions = self.strategy.directions(self.gradients, self.strategy.exchange)
+        if directions is None:
+            restore_buffers(self.strategy)
+            if self.bank.scaler is None:
+                return
+            # The loss scaler skips a step along infinity, and lowers its scale.
+            directions = torch.full_like(self.gradients, torch.inf)
+        for client in self.bank.clients[:1] if self.strategy.one_model else self.bank.clients:
+            self.bank.bind_client(client)
+            self._put(directions[self.bank.slot(client)])
+            with torch.enable_grad():
+                lightning(lambda: loss)
+            self.bank.clear_gradients()
+
+    def _put(self, direction_P: Tensor) -> None:
+        """Make a copy of a direction the bound client's gradient: clipping changes it in place."""
+        scaler = self.bank.scaler
+        if scaler is not None and scaler._scale is not None:
+            direction_P = direction_P * scaler._scale  # which is going to be divided out again
+        direction_P = direction_P.to(self.bank.rows.matrix.dtype, copy=True)
+        for parameter, view in zip(self.bank.parameters, self._views(direction_P)):
+            parameter.grad = view
+
+    def _views(self, vector_P: Tensor) -> tuple[Tensor, ...]:
+        return _unflatten_dense_tensors(vector_P, self.bank.parameters)
+
+    def _bound(self) -> int:
+        assert self.bank.bound is not None
+        return self.bank.bound
