@@ -4,6 +4,7 @@ from lightning_fed.federation.availability import AlwaysOn, AvailabilityTrace, M
 from lightning_fed.federation.virtual_clock import Constant, LogNormal, Uniform, VirtualClock
 from lightning_fed.strategies import (
     DFedSAMStrategy,
+    EControlStrategy,
     FedAvgStrategy,
     FederatedStrategy,
     GossipStrategy,
@@ -17,6 +18,7 @@ __all__ = [
     "AvailabilityTrace",
     "Constant",
     "DFedSAMStrategy",
+    "EControlStrategy",
     "FedAvgStrategy",
     "FederatedStrategy",
     "GossipStrategy",

@@ -16,8 +16,9 @@ from federations import Classifier, all_rows, clients, loaders, samples, silent_
 from lightning.pytorch import Callback, seed_everything
 
 import lightning_fed
-from lightning_fed import DFedSAMStrategy, FedAvgStrategy, GossipStrategy, MoDeSTStrategy
+from lightning_fed import DFedSAMStrategy, EControlStrategy, FedAvgStrategy, GossipStrategy, MoDeSTStrategy
 from lightning_fed.cli import FederatedCLI
+from lightning_fed.compression import TopK
 from lightning_fed.federation.participation import UniformSample
 from lightning_fed.federation.strategy import FederatedStrategy
 from lightning_fed.federation.virtual_clock import VirtualClock
@@ -73,6 +74,14 @@ def test_the_readmes_federation_of_nodes_that_come_and_go_trains() -> None:
     strategy = execute(ROOT / "README.md", example(ROOT / "README.md", "churn"))["strategy"]
     silent_trainer(strategy, max_epochs=4).fit(Classifier(norm=False), *loaders(clients(50)))
     assert strategy.round == 4 and strategy.clock.elapsed > 0
+
+
+@pytest.mark.parametrize(("page", "name"), [("README.md", "slow-links"), ("docs/compression.md", "compression")])
+def test_the_examples_of_compressed_training_train(page: str, name: str, in_tmp_path: Path) -> None:
+    trainer = execute(ROOT / page, example(ROOT / page, name))["trainer"]
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(Classifier(), *loaders(clients(trainer.strategy.num_clients)))
+    assert trainer.strategy.round >= 2
 
 
 MODEST = ROOT / "docs" / "modest.md"
@@ -218,6 +227,30 @@ def test_bytes_are_those_of_the_documented_formula(
     )
     assert strategy.exchange.sent_bytes.sum() == 2 * rows_of_clients * 4 * numbers
     assert strategy.exchange.server_bytes == 2 * rows_of_server * 4 * numbers
+
+
+STEP: dict[str, Any] = {"local_steps": 1, "rounds_per_epoch": 1}
+
+
+@pytest.mark.parametrize(
+    ("make", "messages", "first", "rows_in_full"),
+    [
+        (partial(EControlStrategy, TopK(0.1), rounds_per_epoch=1), 8 * 7, 0, 8 * 7),
+        (partial(EControlStrategy, TopK(0.1), h0="zero", rounds_per_epoch=1), 8 * 7, 8 * 7, 0),
+        (partial(GossipStrategy, method="choco", compressor=TopK(0.1), gossip_steps=2), 2 * 8 * 2, 2 * 8 * 2, 0),
+        (partial(GossipStrategy, method="beer", compressor=TopK(0.1), **STEP), 2 * 8 * 2, 8 * 2, 0),
+        (partial(GossipStrategy, method="tracking", compressor=TopK(0.1), **STEP), 2 * 8 * 2, 2 * 8 * 2, 0),
+    ],
+)
+def test_compressed_bytes_are_those_of_the_documented_formula(
+    make: Any, messages: int, first: int, rows_in_full: int
+) -> None:
+    """``messages`` a round, ``first`` in the first one, where ``rows_in_full`` travel too; B = 6 K + 4."""
+    strategy, module = make(num_clients=8), Classifier(norm=False)
+    silent_trainer(strategy, max_epochs=3).fit(module, *loaders(clients(8)))
+    numbers = sum(parameter.numel() for parameter in module.parameters())
+    message_bytes = 6 * round(0.1 * numbers) + 4
+    assert strategy.exchange.total_bytes == (first + 2 * messages) * message_bytes + rows_in_full * 4 * numbers
 
 
 @pytest.mark.parametrize("float_buffers", ["mix", "local"])

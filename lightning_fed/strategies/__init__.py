@@ -6,11 +6,19 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_fed.federation.strategy import FederatedStrategy
 from lightning_fed.strategies.dfedsam import DFedSAMStrategy
+from lightning_fed.strategies.econtrol import EControlStrategy
 from lightning_fed.strategies.fedavg import FedAvgStrategy
 from lightning_fed.strategies.gossip import GossipStrategy
 from lightning_fed.strategies.modest import MoDeSTStrategy
 
-__all__ = ["DFedSAMStrategy", "FedAvgStrategy", "FederatedStrategy", "GossipStrategy", "MoDeSTStrategy"]
+__all__ = [
+    "DFedSAMStrategy",
+    "EControlStrategy",
+    "FedAvgStrategy",
+    "FederatedStrategy",
+    "GossipStrategy",
+    "MoDeSTStrategy",
+]
 
 
 def register_names() -> None:
@@ -21,6 +29,7 @@ def register_names() -> None:
         ("dpsgd", GossipStrategy, {"local_steps": 1, "rounds_per_epoch": "pass"}),
         ("dfedsam", DFedSAMStrategy, {}),
         ("modest", MoDeSTStrategy, {}),
+        ("econtrol", EControlStrategy, {}),
     )
     for name, strategy, settings in aliases:
         if name not in StrategyRegistry:

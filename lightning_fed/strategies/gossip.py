@@ -1,45 +1,125 @@
-"""Gossip: clients average with their neighbours of a topology.
+"""Gossip: clients average with their neighbours of a topology, plainly, compressed, or with tracked gradients.
 
 Shapes: N = clients, C = clients on this rank, P = numbers in a row.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_fed.compression import Compressor, Identity
+from lightning_fed.federation.algorithm import RoundFacts
+from lightning_fed.federation.clients import ClientBank
+from lightning_fed.federation.compressed_channel import CompressedChannel
+from lightning_fed.federation.error_feedback import all_finite
 from lightning_fed.federation.exchange import Exchange
+from lightning_fed.federation.gradient_step import state_dtype
 from lightning_fed.federation.participation import FullParticipation
+from lightning_fed.federation.public_copies import PublicCopies
+from lightning_fed.federation.settings import check_choice, check_counts
 from lightning_fed.federation.strategy import FederatedStrategy
 from lightning_fed.mixing_matrix import SUM_TOLERANCE, restrict
+from lightning_fed.proximal import ProximalOperator
+from lightning_fed.strategies.gossip_methods import Beer, Choco, CompressedTracking, GossipMethod, GradientTracking
 from lightning_fed.topology import Topology, TopologyName, by_name
 
 
 class GossipStrategy(FederatedStrategy):
-    """Local steps, then ``X <- W X`` over a topology.
+    """Local steps, then communication with the neighbours of a topology.
 
-    With one local SGD step it is D-PSGD in its adapt-then-combine form, ``x_i <- sum_j w_ij (x_j - eta g_j)`` (Lian et
-    al. 2017; the paper's own form takes the gradient before mixing, ``sum_j w_ij x_j - eta g_i``); with more steps
-    DFedAvg, and with ``torch.optim.SGD(momentum=theta)`` DFedAvgM, whose heavy ball restarts every round (Sun, Li, Wang
-    2022, Algorithm 1).
+    With ``method="average"`` it is ``X <- W X``: with one local SGD step D-PSGD in its adapt-then-combine form,
+    ``x_i <- sum_j w_ij (x_j - eta g_j)`` (Lian et al. 2017; the paper's own form takes the gradient before mixing,
+    ``sum_j w_ij x_j - eta g_i``); with more steps DFedAvg, and with ``torch.optim.SGD(momentum=theta)`` DFedAvgM, whose
+    heavy ball restarts every round (Sun, Li, Wang 2022, Algorithm 1).
+
+    ``"choco"`` sends compressed differences (CHOCO-SGD); ``"tracking"`` lets clients follow the mean gradient (DSGT;
+    with ``proximal`` DProxSGT; with ``compressor`` CDProxSGT); ``"beer"`` does both (BEER). The last two communicate at
+    every step, so they need ``local_steps=1``; the module's optimizer steps along the tracker. See
+    :mod:`~lightning_fed.strategies.gossip_methods`.
 
     Args:
         topology: who talks to whom, or the short name of a topology that needs no arguments.
-        gossip_steps: Q, times that the rows are mixed in one round.
+        gossip_steps: Q, times that the rows are mixed in one round; 1 if gradients are tracked.
+        method: what clients tell their neighbours.
+        compressor: of the messages; ``"choco"`` and ``"beer"`` need one, ``"tracking"`` may have one.
+        gamma: mixing rate of compressed messages, in (0, 1]. It must be the smaller, the more a compressor leaves out;
+            papers tune it. 0.1 is a cautious value of ours.
+        start: public copies of the models at the start: ``"zero"`` as in the papers, or the initial ``"model"``, which
+            all clients know without a message.
+        proximal: the proximal operator of a regularizer, with ``method="tracking"``.
         **federation: see :class:`~lightning_fed.federation.strategy.FederatedStrategy`.
 
     Raises:
         ValueError: if a setting is out of range, or the topology is not connected or not doubly stochastic.
     """
 
-    def __init__(self, topology: Topology | TopologyName = "ring", gossip_steps: int = 1, **federation: Any) -> None:
+    def __init__(
+        self,
+        topology: Topology | TopologyName = "ring",
+        gossip_steps: int = 1,
+        method: Literal["average", "choco", "tracking", "beer"] = "average",
+        compressor: Compressor | None = None,
+        gamma: float = 0.1,
+        start: Literal["zero", "model"] = "zero",
+        proximal: ProximalOperator | None = None,
+        **federation: Any,
+    ) -> None:
         super().__init__(**federation)
-        if gossip_steps < 1:
-            raise ValueError(f"gossip_steps={gossip_steps} must be at least 1.")
+        check_counts(gossip_steps=gossip_steps)
+        check_choice("method", method, "average", "choco", "tracking", "beer")
+        check_choice("start", start, "zero", "model")
+        if not 0 < gamma <= 1:
+            raise ValueError(f"gamma={gamma} must be above 0 and at most 1: it is the mixing rate.")
         self.topology = by_name(topology) if isinstance(topology, str) else topology
         self.gossip_steps = gossip_steps
+        self.method = method
+        self.compressor = compressor
+        self.gamma = gamma
+        self.start = start
+        self.proximal = proximal
+        self.gathers_gradients = method in ("tracking", "beer")
+        self._left_out = False
+        self._skipped = 0
+        self._check_method()
+
+    def _check_method(self) -> None:
+        if self.method in ("choco", "beer") and self.compressor is None:
+            raise ValueError(f"method={self.method!r} sends compressed messages: give it a compressor=TopK(0.1).")
+        if self.method == "average" and self.compressor is not None:
+            raise ValueError(
+                f"compressor={self.compressor} does not go with method='average', where clients would drift apart: use "
+                "method='choco', 'beer' or 'tracking'."
+            )
+        if self.compressor is not None and not self.compressor.is_contractive:
+            raise ValueError(
+                f"compressor={self.compressor} is scaled to be unbiased, which may enlarge a vector, so the public "
+                "copies would not follow the models: leave out the scaling (unbiased=False)."
+            )
+        if self.proximal is not None and self.method != "tracking":
+            raise ValueError(f"proximal={self.proximal} goes with method='tracking', not with {self.method!r}.")
+        if self.gathers_gradients and (self.local_steps != 1 or self.gossip_steps != 1):
+            raise ValueError(
+                f"method={self.method!r} communicates once at every step, but local_steps={self.local_steps} and "
+                f"gossip_steps={self.gossip_steps}: set both to 1 (and rounds_per_epoch='pass')."
+            )
+        if self.method == "average":
+            return
+        if not isinstance(self.participation, FullParticipation):
+            raise ValueError(
+                f"participation={type(self.participation).__name__} leaves clients out, but with "
+                f"method={self.method!r} neighbours keep an account of each other: use full participation "
+                "(participation=None)."
+            )
+        if self.on_peer_loss == "drop":
+            raise ValueError(
+                f"with method={self.method!r} neighbours keep an account of each other, which a rank that was away "
+                "would not have: use on_peer_loss='raise', or method='average'."
+            )
 
     def setup_distributed(self) -> None:
         super().setup_distributed()
@@ -51,10 +131,67 @@ class GossipStrategy(FederatedStrategy):
             )
         if not isinstance(self.participation, FullParticipation):
             restrict(weights, np.arange(self.num_clients) > 0)  # likewise a directed graph under partial participation
+        if self.compressor is not None and self.topology.period(self.num_clients) != 1:
+            raise ValueError(
+                f"topology={type(self.topology).__name__} changes from round to round, but with a compressor clients "
+                "keep the sum of what their neighbours have sent: use a topology that stays."
+            )
+
+    def setup_algorithm(self, bank: ClientBank, exchange: Exchange) -> None:
+        rows = bank.rows.matrix
+        if self.method != "average" and state_dtype(rows) != rows.dtype:
+            rank_zero_info(f"GossipStrategy keeps copies and trackers in float32: {rows.dtype} would lose differences.")
+        self._gossip = self._make_method(bank)
+
+    def _make_method(self, bank: ClientBank) -> GossipMethod:
+        rows = bank.rows.matrix
+        if self.method == "average":
+            return GossipMethod(self.weights, self.gossip_steps)
+        if self.compressor is None:
+            return GradientTracking(self.weights, rows, self._apply_proximal)
+
+        def copies(start: Tensor, number: int) -> PublicCopies:
+            start = start.to(state_dtype(rows), copy=True)
+            channel = CompressedChannel(self.compressor or Identity(), bank.layers, start, self.seed, number)
+            return PublicCopies(channel, self.weights(0), start)
+
+        zero = torch.zeros_like(rows)
+        x_hat = copies(rows if self.start == "model" else zero, number=0)
+        if self.method == "choco":
+            return Choco(self.weights, self.gossip_steps, x_hat, self.gamma)
+        kind = Beer if self.method == "beer" else CompressedTracking
+        return kind(self.weights, rows, self._apply_proximal, x_hat, copies(zero, number=1), self.gamma)
+
+    def _apply_proximal(self, rows: Tensor) -> None:
+        """prox with each parameter's own learning rate, on the rows after the optimizers' step."""
+        if self.proximal is None:
+            return
+        groups = self.optimizers[0].param_groups
+        rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+        start = 0
+        for parameter in self.bank.parameters:
+            stop = start + parameter.numel()
+            if id(parameter) in rates:
+                self.proximal.apply_(rows[:, start:stop], float(rates[id(parameter)]))
+            start = stop
+
+    # -------------------------------------------------------------------------------------------------------- rounds
+
+    def directions(self, gradients: Tensor, exchange: Exchange) -> Tensor | None:
+        self._left_out = not all_finite(gradients, exchange)()
+        if self._left_out:
+            self._skipped += 1
+            rank_zero_warn(f"round {self.round}: a gradient is not finite, so all clients leave this step out.")
+            return None
+        return self._gossip.directions(gradients, exchange, self.round)
 
     def mix(self, rows: Tensor, exchange: Exchange) -> None:
+        if not self._left_out:
+            self._gossip.mix(rows, exchange, self.round)
+
+    def mix_buffers(self, buffers: Tensor, exchange: Exchange) -> None:
         for step in range(self.round * self.gossip_steps, (self.round + 1) * self.gossip_steps):
-            exchange.mix_(rows, self.weights(step))  # X <- W X
+            exchange.mix_(buffers, self.weights(step))
 
     def weights(self, gossip_step: int) -> np.ndarray:
         """W ``[N, N]`` of one gossip step: the topology's, restricted to the cohort."""
@@ -64,3 +201,23 @@ class GossipStrategy(FederatedStrategy):
         present = np.zeros(self.num_clients, dtype=bool)
         present[self.cohort] = True
         return restrict(weights, present)
+
+    # ----------------------------------------------------------------------------------------- monitors, checkpoints
+
+    def round_facts(self, round: int) -> RoundFacts:
+        return RoundFacts(numbers={"skipped_steps": float(self._skipped)} if self.gathers_gradients else {})
+
+    def measure(self, exchange: Exchange) -> dict[str, float]:
+        return self._gossip.measure(exchange)
+
+    def fixed_settings(self) -> dict[str, Any]:
+        return {"method": self.method, "compressor": repr(self.compressor)}
+
+    def client_matrices(self) -> dict[str, Tensor]:
+        return self._gossip.client_matrices()
+
+    def algorithm_state(self) -> dict[str, Any]:
+        return {"skipped": self._skipped}
+
+    def load_algorithm_state(self, state: dict[str, Any]) -> None:
+        self._skipped = state["skipped"]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from federations import Classifier, all_rows, clients, loaders, silent_trainer
 
-from lightning_fed import DFedSAMStrategy, FedAvgStrategy, GossipStrategy
+from lightning_fed import DFedSAMStrategy, EControlStrategy, FedAvgStrategy, GossipStrategy
+from lightning_fed.compression import Compressor, Identity, Layer, LowRank, Quantize, RandK, ScaledSign, TopK
 from lightning_fed.federation.exchange import LoopbackExchange
 from lightning_fed.federation.layout import Layout
 
@@ -29,9 +30,42 @@ def test_a_gpu_trains_what_a_cpu_trains(make: Any) -> None:
     np.testing.assert_allclose(fit("gpu", make(num_clients=6)), fit("cpu", make(num_clients=6)), rtol=0, atol=1e-4)
 
 
+def compressed(num_clients: int) -> EControlStrategy:
+    return EControlStrategy(TopK(0.2), h0="zero", num_clients=num_clients)
+
+
+def tracking(num_clients: int) -> GossipStrategy:
+    return GossipStrategy(method="tracking", local_steps=1, rounds_per_epoch="pass", num_clients=num_clients)
+
+
+@pytest.mark.parametrize("make", [lambda num_clients: EControlStrategy(Identity(), num_clients=num_clients), tracking])
+def test_gradients_meet_on_a_gpu_as_on_a_cpu(make: Any) -> None:
+    np.testing.assert_allclose(fit("gpu", make(6)), fit("cpu", make(6)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["model", "layer"])
+@pytest.mark.parametrize("make", [Identity, TopK, RandK, ScaledSign, Quantize, LowRank])
+def test_a_gpu_packs_what_a_cpu_unpacks(make: Any, scope: Any) -> None:
+    arguments: dict[str, Any] = {} if make in (Identity, LowRank) else {"scope": scope}
+    if make in (TopK, RandK):
+        arguments["ratio"] = 0.1
+    layers = [Layer("weight", torch.Size([40, 900])), Layer("bias", torch.Size([40]))]
+    rows = torch.randn(3, 36_040, generator=torch.Generator().manual_seed(0))
+    on_cpu: Compressor = make(**arguments).bind(layers, rows)
+    on_gpu: Compressor = make(**arguments).bind(layers, rows.cuda())
+    messages, seeds = on_gpu.pack(rows.cuda(), [1, 2, 3]), [1, 2, 3]
+    for row, message, reference, seed in zip(torch.zeros_like(rows), messages, on_cpu.pack(rows, seeds), seeds):
+        there, here = row.cuda(), row.clone()
+        on_gpu.unpack(message, seed).add_to_(there)
+        on_cpu.unpack(reference, seed).add_to_(here)
+        # A norm that differs in its last bit may round one of many numbers to the other level.
+        assert ((there.cpu() - here).abs() > 1e-3).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("make", [DFedSAMStrategy, compressed, tracking])
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true"])
-def test_reduced_precision(precision: Any) -> None:
-    strategy = DFedSAMStrategy(num_clients=6)
+def test_reduced_precision(precision: Any, make: Any) -> None:
+    strategy = make(num_clients=6)
     pl.seed_everything(5, verbose=False)
     trainer = silent_trainer(strategy, accelerator="gpu", precision=precision, max_epochs=8)
     trainer.fit(Classifier(), *loaders(clients(6, smallest=40)))
