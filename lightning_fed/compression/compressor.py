@@ -118,6 +118,11 @@ class Compressor(ABC):
         return True
 
     @property
+    def delta_is_typical(self) -> bool:
+        """Whether vectors as they occur come near delta; not if it is a worst case that says little about them."""
+        return True
+
+    @property
     @abstractmethod
     def delta(self) -> float:
         """The largest such delta that holds for all ``v``; of a compressor by layers the smallest over the layers."""

@@ -53,6 +53,10 @@ class LowRank(Compressor):
         self.state = start.to(self.device, self._exact).repeat(num_rows, 1)
 
     @property
+    def delta_is_typical(self) -> bool:
+        return False
+
+    @property
     def delta(self) -> float:
         return 0.0
 

@@ -32,6 +32,10 @@ class ScaledSign(Compressor):
     """
 
     @property
+    def delta_is_typical(self) -> bool:
+        return False
+
+    @property
     def delta(self) -> float:
         return 1 / max(self.blocks)
 

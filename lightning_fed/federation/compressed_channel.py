@@ -69,6 +69,11 @@ class CompressedChannel:
         """Contraction of the whole message: that of the worst part."""
         return min(part.compressor.delta for part in self.parts)
 
+    @property
+    def delta_is_typical(self) -> bool:
+        """Whether that says something about vectors as they occur."""
+        return all(part.compressor.delta_is_typical for part in self.parts)
+
     def send(self, vectors_CP: Tensor, support_NN: np.ndarray, exchange: Exchange, step: int) -> SentMessages:
         """Begin to send every client's compressed vector; a collective call.
 

@@ -19,6 +19,9 @@ from lightning_fed.federation.exchange import Exchange
 ErrorFeedbackName = Literal["econtrol", "ef", "ef21", "none"]
 FirstEstimate = Literal["exact", "zero", "compressed"]
 
+# For the scaled sign and low rank, which keep a few per cent to more than half of vectors as they occur.
+UNTYPICAL_ETA = 0.03
+
 
 class CompressedMean:
     """Estimates the mean of the clients' vectors ``g_i`` (gradients), from one compressed message each a step.
@@ -37,7 +40,8 @@ class CompressedMean:
     Args:
         compressor: C.
         method: see the table.
-        eta: of EControl.
+        eta: of EControl; None: the compressor's delta, or ``UNTYPICAL_ETA`` if that says little. Much larger values
+            diverge: with Top-1 %, on digits, 0.03 trains as well as 0.01, 0.1 badly, and 0.3 not at all.
         first_estimate: ``h_i`` after the first step: ``"exact"``, g_i is sent as it is; ``"compressed"``, C(g_i), with
             no error kept; ``"zero"``, the first step is as all others, from ``h_i = 0``.
         layers: of a row.
@@ -57,7 +61,7 @@ class CompressedMean:
         self,
         compressor: Compressor,
         method: ErrorFeedbackName,
-        eta: float,
+        eta: float | None,
         first_estimate: FirstEstimate,
         layers: Sequence[Layer],
         like_CP: Tensor,
@@ -66,6 +70,8 @@ class CompressedMean:
     ) -> None:
         self.channel = CompressedChannel(compressor, layers, like_CP, seed)
         self._exact = CompressedChannel(Identity(), layers, like_CP, seed)
+        if eta is None:
+            eta = self.channel.delta if self.channel.delta_is_typical else UNTYPICAL_ETA
         self._eta = {"econtrol": eta, "ef": 1.0}.get(method, 0.0)
         self._first_estimate = first_estimate
         self.errors = torch.zeros_like(like_CP) if method in ("econtrol", "ef") else None

@@ -40,8 +40,8 @@ class EControlStrategy(FederatedStrategy):
         compressor: C; by default the largest 1 % of the entries.
         error_feedback: ``"econtrol"``; or ``"ef21"``, ``"ef"`` and ``"none"``, see
             :class:`~lightning_fed.federation.error_feedback.CompressedMean`.
-        eta: how strongly EControl feeds its error back. The paper's theory needs ``delta / 400``, its experiments tune
-            it; by default 0.1.
+        eta: how strongly EControl feeds its error back; by default the compressor's delta (0.03 for ``ScaledSign`` and
+            ``LowRank``). The paper's theory needs ``delta / 400``, its experiments tune it; a few times delta diverges.
         h0: the clients' estimates after the first step: ``"exact"`` (one message that is not compressed), ``"zero"`` or
             ``"compressed"``.
         local_steps: 1 to exchange gradients at every step, more to exchange what a round has changed.
@@ -60,7 +60,7 @@ class EControlStrategy(FederatedStrategy):
         self,
         compressor: Compressor | None = None,
         error_feedback: ErrorFeedbackName = "econtrol",
-        eta: float = 0.1,
+        eta: float | None = None,
         h0: FirstEstimate = "exact",
         local_steps: int | None = 1,
         rounds_per_epoch: int | Literal["pass"] = "pass",
@@ -77,7 +77,7 @@ class EControlStrategy(FederatedStrategy):
         )
         check_choice("error_feedback", error_feedback, "econtrol", "ef21", "ef", "none")
         check_choice("h0", h0, "exact", "zero", "compressed")
-        if not 0 <= eta <= 1:
+        if eta is not None and not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} must be between 0 (EF21) and 1.")
         self.compressor = compressor if compressor is not None else TopK(0.01)
         self.error_feedback = error_feedback
