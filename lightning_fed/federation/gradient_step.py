@@ -38,6 +38,7 @@ class GradientStep:
         self.bank = strategy.bank
         rows = self.bank.rows.matrix
         self.gradients = torch.zeros(rows.shape, dtype=state_dtype(rows), device=rows.device)
+        self._direction = torch.empty_like(rows[0])
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -77,11 +78,11 @@ class GradientStep:
 
     def _put(self, direction_P: Tensor) -> None:
         """Make a copy of a direction the bound client's gradient: clipping changes it in place."""
+        self._direction.copy_(direction_P)
         scaler = self.bank.scaler
         if scaler is not None and scaler._scale is not None:
-            direction_P = direction_P * scaler._scale  # which is going to be divided out again
-        direction_P = direction_P.to(self.bank.rows.matrix.dtype, copy=True)
-        for parameter, view in zip(self.bank.parameters, self._views(direction_P)):
+            self._direction.mul_(scaler._scale)  # which is going to be divided out again
+        for parameter, view in zip(self.bank.parameters, self._views(self._direction)):
             parameter.grad = view
 
     def _views(self, vector_P: Tensor) -> tuple[Tensor, ...]:
