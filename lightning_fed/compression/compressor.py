@@ -50,7 +50,7 @@ class SparseVector:
 
     def add_to_(self, row_P: Tensor, weight: float = 1.0) -> None:
         """``row += weight * C(v)``, in place."""
-        row_P.index_add_(0, self.indices, self.values, alpha=weight)
+        row_P.index_add_(0, self.indices, self.values.to(row_P.dtype), alpha=weight)
 
 
 @dataclass(frozen=True)

@@ -85,12 +85,13 @@ class CompressedChannel:
             step: never twice the same.
         """
         exchange.count_messages(support_NN, self.message_bytes)
+        warm_starts = [None if part.compressor.state is None else part.compressor.state.clone() for part in self.parts]
         sent = []
         for index, part in enumerate(self.parts):
             seeds = [self._seed(client, step, index) for client in exchange.clients]
             messages = part.compressor.pack(vectors_CP[:, part.columns], seeds)
             sent.append((messages, exchange.share(messages, support_NN)))
-        self._sent = SentMessages(self, exchange.clients, step, sent, vectors_CP)
+        self._sent = SentMessages(self, exchange.clients, step, sent, vectors_CP, warm_starts)
         self._sent.add_own_(vectors_CP, -1.0)
         return self._sent
 
@@ -127,6 +128,7 @@ class SentMessages:
         step: of the channel.
         parts: of each part, the own messages ``[C, B]``, and what is on its way.
         residuals_CP: what the own messages leave out, ``v - C(v)``.
+        warm_starts: what each part's compressor kept before.
     """
 
     def __init__(
@@ -136,8 +138,10 @@ class SentMessages:
         step: int,
         parts: list[tuple[Tensor, SharedMessages]],
         residuals_CP: Tensor,
+        warm_starts: list[Tensor | None],
     ) -> None:
         self.residuals = residuals_CP
+        self._warm_starts = warm_starts
         self._channel = channel
         self._clients = clients
         self._step = step
@@ -174,10 +178,13 @@ class SentMessages:
             ]
         return self._own
 
-    def wait(self) -> None:
-        """Let the messages come, for nothing."""
+    def discard(self) -> None:
+        """Let the messages come, for nothing, as if they had never been sent."""
         for _, shared in self._parts:
             shared.receive()
+        for part, before in zip(self._channel.parts, self._warm_starts):
+            if part.compressor.state is not None and before is not None:
+                part.compressor.state.copy_(before)
 
 
 def row_norms(rows_CP: Tensor) -> np.ndarray:

@@ -104,7 +104,7 @@ class CompressedMean:
             message = torch.add(difference, self.errors, alpha=self._eta, out=self._message)  # eta e_i + g - h_i
         sent = channel.send(message, exchange.everyone, exchange, self.steps + self.skipped)  # D = C(...)
         if not is_finite():
-            sent.wait()
+            sent.discard()
             self.skipped += 1
             return None
         if self.errors is not None and not (first and self._first_estimate == "compressed"):

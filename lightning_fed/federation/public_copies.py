@@ -6,6 +6,7 @@ Shapes: N = clients, C = clients on this rank, P = numbers in a row.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lightning_fed.federation.compressed_channel import CompressedChannel
@@ -13,10 +14,10 @@ from lightning_fed.federation.exchange import Exchange
 
 
 class PublicCopies:
-    """The copies ``x_hat_i`` that client i and its neighbours have of its row, and what the neighbours' make together.
+    """The copies ``x_hat_i`` that client i and its neighbours have of its row, and how far the neighbours' are away.
 
-    With ``s_i = sum_j w_ij x_hat_j`` three vectors a client are enough, whatever its degree (Koloskova, Stich, Jaggi
-    2019, section 4; ``s_i`` grows by ``sum_j w_ij q_j`` with every message).
+    With the sum ``sum_j w_ij x_hat_j - x_hat_i`` three vectors a client are enough, whatever its degree (Koloskova,
+    Stich, Jaggi 2019, section 4): it grows by ``sum_j w_ij q_j - q_i`` with every message.
 
     Args:
         channel: of the messages ``q_i``.
@@ -25,26 +26,27 @@ class PublicCopies:
 
     Attributes:
         copies: ``x_hat_i`` ``[C, P]``.
-        mixed: ``s_i`` ``[C, P]``.
+        pull: ``sum_j w_ij x_hat_j - x_hat_i`` ``[C, P]``.
     """
 
     def __init__(self, channel: CompressedChannel, weights_NN: np.ndarray, start_CP: Tensor) -> None:
         self.channel = channel
         self.weights = weights_NN
         self.copies = start_CP.clone()
-        self.mixed = start_CP.clone()
+        # In float64: what rounding adds to its mean over clients would stay, and move the mean row in every later step.
+        self.pull = torch.zeros_like(start_CP, dtype=torch.float64)
 
     def publish(self, rows: Tensor, exchange: Exchange, step: int) -> None:
         """Send ``q_i = C(x_i - x_hat_i)`` to the neighbours; a collective call."""
-        difference = rows - self.copies
-        sent = self.channel.send(difference, self.weights, exchange, step)  # q_i = C(x_i - x_hat_i)
+        sent = self.channel.send(rows - self.copies, self.weights, exchange, step)  # q_i = C(x_i - x_hat_i)
         sent.add_own_(self.copies)  # x_hat_i <- x_hat_i + q_i
+        sent.add_own_(self.pull, -1.0)
         mine = slice(exchange.clients.start, exchange.clients.stop)
-        sent.add_received_(self.mixed, self.weights[mine])  # s_i <- s_i + sum_j w_ij q_j
+        sent.add_received_(self.pull, self.weights[mine])  # ... + sum_j w_ij q_j - q_i
 
     def mix_(self, rows: Tensor, gamma: float) -> None:
         """``x_i <- x_i + gamma (sum_j w_ij x_hat_j - x_hat_i)``, in place."""
-        rows.add_(self.mixed - self.copies, alpha=gamma)
+        rows.add_(self.pull, alpha=gamma)
 
     def measure(self, exchange: Exchange) -> dict[str, float]:
         """How much the last messages have left out, and what they cost; a collective call."""
@@ -52,5 +54,5 @@ class PublicCopies:
 
     def client_matrices(self, name: str) -> dict[str, Tensor]:
         """For a checkpoint; ``name`` is that of the rows."""
-        copies = {f"{name} public": self.copies, f"{name} mixed": self.mixed}
+        copies = {f"{name} public": self.copies, f"{name} pull": self.pull}
         return {**copies, **self.channel.client_matrices(f"{name} compressor")}

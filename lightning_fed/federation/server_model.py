@@ -36,7 +36,7 @@ class ServerModel:
     def step(self, pseudo_gradient_P: Tensor) -> None:
         """Step along d, the pseudo-gradient ``x - (the clients' models)``."""
         if self._optimizer is None:
-            self._parameter.data = self.row - pseudo_gradient_P
+            self._parameter.data = (self.row - pseudo_gradient_P).to(self.row.dtype)
             return
         self._parameter.grad = pseudo_gradient_P.to(self.row)
         with torch.enable_grad():

@@ -20,7 +20,7 @@ from lightning_fed.federation.error_feedback import CompressedMean, ErrorFeedbac
 from lightning_fed.federation.exchange import Exchange
 from lightning_fed.federation.gradient_step import state_dtype
 from lightning_fed.federation.participation import FullParticipation
-from lightning_fed.federation.rounds import nonfinite_error, restore_buffers
+from lightning_fed.federation.rounds import nonfinite_error, nonfinite_slots, restore_buffers
 from lightning_fed.federation.server_model import ServerModel
 from lightning_fed.federation.settings import check_choice
 from lightning_fed.federation.strategy import FederatedStrategy
@@ -151,6 +151,8 @@ class EControlStrategy(FederatedStrategy):
             h = self._estimate(self._server.row - rows.to(self._mean.mean.dtype), exchange)  # of g_i = x - y_i
             if h is None:
                 restore_buffers(self)
+                for slot in nonfinite_slots(self):
+                    self.bank.forget(self.bank.clients[slot])  # its momentum is not finite either
             else:
                 self._server.step(h)  # x <- x - h
         if not bool(torch.isfinite(self._current(rows).sum())):

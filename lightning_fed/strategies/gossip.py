@@ -5,6 +5,7 @@ Shapes: N = clients, C = clients on this rank, P = numbers in a row.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Literal
 
 import numpy as np
@@ -183,11 +184,11 @@ class GossipStrategy(FederatedStrategy):
             self._skipped += 1
             rank_zero_warn(f"round {self.round}: a gradient is not finite, so all clients leave this step out.")
             return None
-        return self._gossip.directions(gradients, exchange, self.round)
+        return self._gossip.directions(gradients, exchange, self.round - self._skipped)
 
     def mix(self, rows: Tensor, exchange: Exchange) -> None:
         if not self._left_out:
-            self._gossip.mix(rows, exchange, self.round)
+            self._gossip.mix(rows, exchange, self.round - self._skipped)
 
     def mix_buffers(self, buffers: Tensor, exchange: Exchange) -> None:
         for step in range(self.round * self.gossip_steps, (self.round + 1) * self.gossip_steps):
@@ -211,7 +212,12 @@ class GossipStrategy(FederatedStrategy):
         return self._gossip.measure(exchange)
 
     def fixed_settings(self) -> dict[str, Any]:
-        return {"method": self.method, "compressor": repr(self.compressor)}
+        if self.method == "average":
+            return {"method": self.method}
+        # Clients keep sums that these weights have made.
+        digest = hashlib.blake2b(self.weights(0).tobytes(), digest_size=4).hexdigest()
+        topology = f"{type(self.topology).__name__} (weights {digest})"
+        return {"method": self.method, "compressor": repr(self.compressor), "topology": topology}
 
     def client_matrices(self) -> dict[str, Tensor]:
         return self._gossip.client_matrices()

@@ -32,7 +32,7 @@ class GossipMethod:
         self.gossip_steps = gossip_steps
 
     def mix(self, rows: Tensor, exchange: Exchange, round: int) -> None:
-        """The communication of a round, in place on the rows ``[C, P]``."""
+        """The communication of a round, in place on the rows ``[C, P]``; rounds that were left out do not count."""
         for step in range(round * self.gossip_steps, (round + 1) * self.gossip_steps):
             exchange.mix_(rows, self.weights(step))  # X <- W X
 
