@@ -72,6 +72,7 @@ def check_exchange(
     check_means(exchange, rows, X_NP, row_bytes, assert_near, assert_same_on_all_ranks)
     check_server(exchange, rows, X_NP, row_bytes, assert_near)
     check_gathering(exchange)
+    check_sharing(exchange)
 
 
 def check_mixing(exchange: Exchange, rows: MakeRows, X_NP: np.ndarray, row_bytes: int, assert_near: AssertNear) -> None:
@@ -174,3 +175,36 @@ def check_gathering(exchange: Exchange) -> None:
     total = exchange.sum(torch.ones(3, dtype=torch.float64))
     np.testing.assert_array_equal(total.numpy(), np.full(3, exchange.layout.num_hosts))
     assert exchange.total_bytes == exchange.wire_bytes == 0
+
+
+def check_sharing(exchange: Exchange) -> None:
+    """Messages reach those that need them, in the order of clients; several may be on their way at once."""
+    num_clients, mine = exchange.layout.num_clients, exchange.clients
+    supports = {**mixing_matrices(num_clients), "everyone": exchange.everyone}
+    draw = np.random.default_rng(5)
+    for name, support_NN in supports.items():
+        exchange.reset_counts()
+        on_their_way = []
+        for length in (7, 0, 1000):
+            common = torch.from_numpy(draw.integers(0, 256, (num_clients, length), dtype=np.uint8))
+            messages = common[mine.start : mine.stop].clone()
+            on_their_way.append((common, messages, exchange.share(messages, support_NN)))
+        for common, messages, shared in reversed(on_their_way):
+            received, senders = shared.receive(), list(shared.senders)
+            assert received.dtype == torch.uint8 and received.shape == (len(senders), common.shape[1]), name
+            assert senders == sorted(set(senders)), name
+            needed = np.flatnonzero((support_NN[mine.start : mine.stop] != 0).any(axis=0))
+            assert set(needed) <= set(senders), name
+            assert torch.equal(received, common[senders]), name
+            assert torch.equal(messages, common[mine.start : mine.stop]), name
+        hosts = [exchange.layout.clients_of(host) for host in range(exchange.layout.num_hosts) if host != exchange.host]
+        wanted = sum(
+            (support_NN[host.start : host.stop, mine.start : mine.stop] != 0).any(axis=0).sum() for host in hosts
+        )
+        assert exchange.wire_bytes == 1007 * wanted, name
+
+        assert exchange.total_bytes == 0, name  # the caller counts, once for all parts of a message
+        exchange.count_messages(support_NN, 1007)
+        receivers = (support_NN != 0).sum(axis=0) - 1
+        np.testing.assert_array_equal(exchange.sent_bytes, 1007 * receivers, err_msg=name)
+        assert exchange.server_bytes == 0

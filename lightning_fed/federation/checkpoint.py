@@ -130,10 +130,9 @@ class FederationCheckpoint:
             )
 
     def restore(self, strategy: FederatedStrategy) -> None:
-        """Rows, buffers, counters, bytes, the algorithm's state, and the position in the run and its random streams."""
+        """Rows, buffers, counters, bytes, the algorithm's state, and the position in the run."""
         bank, exchange = strategy.bank, strategy.exchange
         strategy.round, strategy.joint_index = self.header["round"], self.header["joint_index"]
-        strategy.seed = self.header["seed"]
         exchange.sent_bytes[:] = np.array(self.header["sent_bytes"], dtype=np.int64)
         exchange.server_bytes = self.header["server_bytes"]
         if strategy.clock is not None:

@@ -223,6 +223,7 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         wanted = fitting or self.evaluate != "consensus"
         if resume is not None and wanted:
             resume.check(type(self).__name__, self.layout, module, self.fixed_settings())
+            self.seed = resume.header["seed"]  # before the algorithm is set up, whose messages may be random
         elif self._bank is not None and self._bank_of == (module, trainer) and self._bank.is_exported_unchanged():
             self._bank.to(self.root_device)
             return
