@@ -42,7 +42,7 @@ class Papers:
     EControl: Gao, Islamov, Stich, ICLR 2024. EF21: Richtarik, Sokolov, Fatkhullin, NeurIPS 2021. EF: Seide et al. 2014.
     """
 
-    def __init__(self, method: str, compress: Compress, eta: float = 0.1, h0: str = "exact") -> None:
+    def __init__(self, method: str, compress: Compress, eta: float = 0.1, h0: str = "compressed") -> None:
         self.method, self.compress, self.eta, self.h0 = method, compress, eta, h0
         self.e = self.h_i = self.h = np.zeros(0)
         self.step = 0

@@ -235,8 +235,8 @@ STEP: dict[str, Any] = {"local_steps": 1, "rounds_per_epoch": 1}
 @pytest.mark.parametrize(
     ("make", "messages", "first", "rows_in_full"),
     [
-        (partial(EControlStrategy, TopK(0.1), rounds_per_epoch=1), 8 * 7, 0, 8 * 7),
-        (partial(EControlStrategy, TopK(0.1), h0="zero", rounds_per_epoch=1), 8 * 7, 8 * 7, 0),
+        (partial(EControlStrategy, TopK(0.1), h0="exact", rounds_per_epoch=1), 8 * 7, 0, 8 * 7),
+        (partial(EControlStrategy, TopK(0.1), rounds_per_epoch=1), 8 * 7, 8 * 7, 0),
         (partial(GossipStrategy, method="choco", compressor=TopK(0.1), gossip_steps=2), 2 * 8 * 2, 2 * 8 * 2, 0),
         (partial(GossipStrategy, method="beer", compressor=TopK(0.1), **STEP), 2 * 8 * 2, 8 * 2, 0),
         (partial(GossipStrategy, method="tracking", compressor=TopK(0.1), **STEP), 2 * 8 * 2, 2 * 8 * 2, 0),

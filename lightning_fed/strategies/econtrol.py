@@ -42,8 +42,8 @@ class EControlStrategy(FederatedStrategy):
             :class:`~lightning_fed.federation.error_feedback.CompressedMean`.
         eta: how strongly EControl feeds its error back; by default the compressor's delta (0.03 for ``ScaledSign`` and
             ``LowRank``). The paper's theory needs ``delta / 400``, its experiments tune it; a few times delta diverges.
-        h0: the clients' estimates after the first step: ``"exact"`` (one message that is not compressed), ``"zero"`` or
-            ``"compressed"``.
+        h0: the clients' estimates after the first step: ``"compressed"``, as EF21 begins; ``"zero"``; or ``"exact"``,
+            as the paper's theory begins, which takes one message that is not compressed.
         local_steps: 1 to exchange gradients at every step, more to exchange what a round has changed.
         rounds_per_epoch: by default ``"pass"``, for an epoch that sees the largest shard once.
         optimizer_state: of the module's optimizer; by default ``"keep"`` with one local step, else ``"reset"``.
@@ -61,7 +61,7 @@ class EControlStrategy(FederatedStrategy):
         compressor: Compressor | None = None,
         error_feedback: ErrorFeedbackName = "econtrol",
         eta: float | None = None,
-        h0: FirstEstimate = "exact",
+        h0: FirstEstimate = "compressed",
         local_steps: int | None = 1,
         rounds_per_epoch: int | Literal["pass"] = "pass",
         optimizer_state: Literal["reset", "keep"] | None = None,

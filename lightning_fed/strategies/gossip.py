@@ -49,7 +49,7 @@ class GossipStrategy(FederatedStrategy):
         method: what clients tell their neighbours.
         compressor: of the messages; ``"choco"`` and ``"beer"`` need one, ``"tracking"`` may have one.
         gamma: mixing rate of compressed messages, in (0, 1]. It must be the smaller, the more a compressor leaves out;
-            papers tune it. 0.1 is a cautious value of ours.
+            papers tune it. 0.3 is ours, for a tenth of the entries.
         start: public copies of the models at the start: ``"zero"`` as in the papers, or the initial ``"model"``, which
             all clients know without a message.
         proximal: the proximal operator of a regularizer, with ``method="tracking"``.
@@ -65,7 +65,7 @@ class GossipStrategy(FederatedStrategy):
         gossip_steps: int = 1,
         method: Literal["average", "choco", "tracking", "beer"] = "average",
         compressor: Compressor | None = None,
-        gamma: float = 0.1,
+        gamma: float = 0.3,
         start: Literal["zero", "model"] = "zero",
         proximal: ProximalOperator | None = None,
         **federation: Any,
