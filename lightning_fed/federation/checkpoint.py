@@ -156,6 +156,7 @@ class FederationCheckpoint:
         """The clients' optimizer and loss-scaler states, once optimizers exist."""
         for client, _, content in self._clients(strategy):
             strategy.bank.load_state_of(client, content["clients"][client])
+        strategy.bank.detach_optimizers()  # from what Lightning's file has of the client that was bound
 
     def _clients(self, strategy: FederatedStrategy) -> Any:
         """Yields (client, its row number in the file, the file's content) for each client of this rank."""

@@ -16,7 +16,9 @@ from torch.optim import Optimizer
 from lightning_fed.compression import Layer
 from lightning_fed.federation.rows import ModuleBuffers, Rows, trainable_parameters
 
-OptimizerState = defaultdict[Any, dict[str, Any]]
+OptimizerState = defaultdict[Any, dict[Any, Any]]
+# In a client's optimizer state: for each parameter group, what the optimizer has added to its hyperparameters.
+ADDED = "added to param_groups"
 
 
 class ClientBank:
@@ -45,6 +47,7 @@ class ClientBank:
         self.consensus = [rows.gather() for rows in self.matrices]
         self.bound: int | None = None
         self.optimizers: list[Optimizer] = []
+        self._hyperparameters: list[list[set[str]]] = []
         self._optimizer_states: dict[int, list[OptimizerState]] = {}
         self._gradients: dict[int, list[Tensor | None]] = {}
         self._scalers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -78,6 +81,8 @@ class ClientBank:
     ) -> None:
         """Give every client its own state in these optimizers and this loss scaler.
 
+        What an optimizer later adds to its parameter groups (some count their steps there) is a client's too.
+
         Args:
             optimizers: those of the Trainer.
             scaler: of 16-bit mixed precision, if any.
@@ -86,6 +91,7 @@ class ClientBank:
         self.optimizers, self.scaler, self.keep_gradients = optimizers, scaler, keep_gradients
         self._initial_scale = scaler._init_scale if scaler is not None else 1.0
         self._optimizer_states, self._gradients, self._scalers = {}, {}, {}
+        self._hyperparameters = [[set(group) for group in optimizer.param_groups] for optimizer in optimizers]
 
     def slot(self, client: int) -> int:
         """The row number of a client on this rank."""
@@ -107,6 +113,7 @@ class ClientBank:
         self.bound = client
         for optimizer, state in zip(self.optimizers, self.optimizer_states(client)):
             optimizer.state = state
+        self._bind_added(client)
         if self.keep_gradients:
             for parameter, gradient in zip(self.parameters, self._gradients.pop(client, [None] * len(self.parameters))):
                 parameter.grad = gradient
@@ -150,6 +157,7 @@ class ClientBank:
             self._gradients[client] = [parameter.grad for parameter in self.parameters]
             self.clear_gradients()
         self._save_scaler(client)
+        self._save_added(client)
 
     def absorb_buffers(self) -> None:
         """Take over buffers that the module has replaced by new tensors."""
@@ -177,6 +185,27 @@ class ClientBank:
             self._optimizer_states[client] = [defaultdict(dict) for _ in self.optimizers]
         return self._optimizer_states[client]
 
+    def _bind_added(self, client: int) -> None:
+        for optimizer, state in zip(self.optimizers, self.optimizer_states(client)):
+            for index, added in state.pop(ADDED, {}).items():
+                optimizer.param_groups[index].update(added)
+
+    def _save_added(self, client: int) -> None:
+        for added, state in zip(self._take_added(), self.optimizer_states(client)):
+            if added:
+                state[ADDED] = added
+
+    def _take_added(self) -> list[dict[Any, dict[str, Any]]]:
+        """Of each optimizer, what it has added to each of its parameter groups; they are afterwards without it."""
+        return [
+            {
+                index: {key: group.pop(key) for key in group.keys() - names}
+                for index, (group, names) in enumerate(zip(optimizer.param_groups, hyperparameters))
+                if len(group) > len(names)
+            }
+            for optimizer, hyperparameters in zip(self.optimizers, self._hyperparameters)
+        ]
+
     def reset_optimizers(self) -> None:
         """Forget every client's optimizer state, as most federated algorithms do between rounds."""
         self._optimizer_states.clear()
@@ -184,6 +213,7 @@ class ClientBank:
 
     def detach_optimizers(self) -> None:
         """Leave no client's state in the optimizers."""
+        self._take_added()
         for optimizer in self.optimizers:
             optimizer.state = defaultdict(dict)
 
@@ -211,11 +241,14 @@ class ClientBank:
         """What one client keeps between steps, as tensors and plain values."""
         if client == self.bound:
             self._save_scaler(client)
+            self._save_added(client)
         states = []
         for optimizer, state in zip(self.optimizers, self.optimizer_states(client)):
             optimizer_before, optimizer.state = optimizer.state, state
             states.append(optimizer.state_dict()["state"])
             optimizer.state = optimizer_before
+        if client == self.bound:
+            self._bind_added(client)
         return {"optimizers": states, "scaler": self._scalers.get(self._stepper(client))}
 
     def load_state_of(self, client: int, state: dict[str, Any]) -> None:
