@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -30,6 +29,7 @@ from lightning_fed.callbacks.federation_plots import (
     draw_progress,
     draw_topology,
 )
+from lightning_fed.callbacks.figures import figure_directory, save_figure
 from lightning_fed.data import labels_of
 from lightning_fed.federation.algorithm import RoundFacts
 from lightning_fed.federation.strategy import FederatedStrategy
@@ -99,8 +99,7 @@ class FederationMonitor(Callback):
         self._forget_after(strategy.round)
         if not self.plots or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        default = Path(trainer.log_dir or trainer.default_root_dir) / "federation"  # log_dir is a collective call
-        self._images = Path(self.directory) if self.directory is not None else default
+        self._images = figure_directory(trainer, "federation", self.directory)
         if trainer.is_global_zero:
             self._draw_setting(trainer, strategy)
 
@@ -199,17 +198,8 @@ class FederationMonitor(Callback):
             self._save(trainer, "participation", draw_participation(rounds, deeds_RN.T))
 
     def _save(self, trainer: Trainer, name: str, figure: Figure) -> None:
-        """Write an image, and show it to the loggers that take images."""
         assert self._images is not None
-        self._images.mkdir(parents=True, exist_ok=True)
-        path = self._images / f"{name}.png"
-        figure.savefig(path, dpi=150)
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image(f"fed/{name}", [str(path)], step=step)
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure(f"fed/{name}", figure, global_step=step)
+        save_figure(trainer, self._images, f"fed/{name}", figure)
 
 
 def federation_of(trainer: Trainer, callback: Callback) -> FederatedStrategy:

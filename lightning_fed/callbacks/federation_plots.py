@@ -5,10 +5,11 @@ Shapes: N = clients, K = classes, R = rounds.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_fed.callbacks.figures import new_figure, plot_line
 from lightning_fed.topology import Topology
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOG_SCALE_FROM_RATIO = 30
-MARKED_POINTS = 30
 # Beyond this, several rounds share one column of pixels.
 PARTICIPATION_COLUMNS = 600
 # Beyond this, gaps between the cells would leave little of them.
@@ -143,13 +143,6 @@ def draw_participation(rounds: list[int], deeds_NR: np.ndarray) -> Figure:
     return figure
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of this size in inches that no pyplot state knows of."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def plot_accuracies(axes: Axes, accuracies: dict[str, Points], x: int) -> None:
     """One line for each metric; ``x`` is the place of the abscissa in a point."""
     for name, points in sorted(accuracies.items()):
@@ -157,9 +150,3 @@ def plot_accuracies(axes: Axes, accuracies: dict[str, Points], x: int) -> None:
     axes.set_ylabel("validation accuracy")
     if len(accuracies) > 1:
         axes.legend(frameon=False)
-
-
-def plot_line(axes: Axes, x: Any, y: Any, **style: Any) -> None:
-    axes.plot(x, y, marker="o" if len(x) <= MARKED_POINTS else None, markersize=4, **style)
-    axes.grid(color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
