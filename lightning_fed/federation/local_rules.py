@@ -7,11 +7,13 @@ Shapes: P = numbers in a row.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from lightning_fed.sharpness import ascent, check_ball
 
 
 @dataclass
@@ -51,36 +53,64 @@ class LocalRule(ABC):
         return type(self).after_backward is not LocalRule.after_backward
 
 
-class SharpnessAware(LocalRule):
+class SharpnessAwareRule(LocalRule):
     """SAM: the gradient at the worst point of a ball around the client's model (Foret et al. 2021, equations 2 and 3).
+
+    The callback :class:`~lightning_fed.callbacks.SharpnessAware` makes such a rule from its settings.
 
     Args:
         rho: radius of the ball, in the norm of the whole row. 0.05 is the default of the SAM paper.
+        p: the ball's norm.
+        adaptive: parameters that are measured by their size (ASAM, Kwon et al. 2021); others as in SAM.
+        eta: of ASAM.
+        moves: the parameters that may move; None is all.
+        falls_back: take the plain gradient, and count it, where the one at the worst point is not finite. Not for
+            scaled fp16 gradients: their overflows are the loss scaler's to see.
 
     Raises:
-        ValueError: if ``rho`` is negative.
+        ValueError: if ``rho`` is negative, or another setting is out of range.
     """
 
-    def __init__(self, rho: float = 0.05) -> None:
-        if rho < 0:
-            raise ValueError(f"rho={rho} must not be negative: it is the radius of SAM's ball (the paper's is 0.05).")
-        self.rho = rho
+    def __init__(
+        self,
+        rho: float = 0.05,
+        p: float = 2.0,
+        adaptive: Collection[nn.Parameter] = (),
+        eta: float = 0.01,
+        moves: Collection[nn.Parameter] | None = None,
+        falls_back: bool = False,
+    ) -> None:
+        check_ball(rho, p, eta)
+        self.rho, self.p, self.eta, self.falls_back = rho, p, eta, falls_back
+        self.adaptive, self.moves = set(adaptive), None if moves is None else set(moves)
+        self.fallbacks = 0
 
     @torch.no_grad()
     def after_backward(self, gradient: LocalGradient) -> None:
-        moved: list[Tensor] = [parameter for parameter in gradient.parameters if parameter.grad is not None]
-        grads = [parameter.grad for parameter in moved if parameter.grad is not None]
-        if not grads or self.rho == 0:
+        plain = [parameter.grad for parameter in gradient.parameters]
+        found = [(w, g) for w, g in zip(gradient.parameters, plain) if g is not None]
+        found = [(w, g) for w, g in found if self.moves is None or w in self.moves]
+        if not found or self.rho == 0:
             return
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        # An overflow of scaled fp16 gradients has no direction; the loss scaler is going to drop this step anyway.
-        scale = torch.where(torch.isfinite(norm) & (norm > 0), self.rho / norm, 0.0)
-        ascent: list[Tensor] = [torch.where(scale > 0, grad * scale.to(grad), 0.0) for grad in grads]
+        w: list[Tensor] = [parameter for parameter, _ in found]
+        by_size = [parameter in self.adaptive for parameter, _ in found]
+        # Without a direction nothing moves, as when scaled fp16 gradients overflow: the scaler drops that step anyway.
+        e = ascent(w, [g for _, g in found], self.rho, self.p, by_size, self.eta)
 
         y = gradient.row.clone()
-        torch._foreach_add_(moved, ascent)  # y + e,  e = rho g / ||g||
+        torch._foreach_add_(w, e)  # y + e
         gradient.recompute()  # g~ = grad F(y + e)
         gradient.row.copy_(y)
+        if self.falls_back and not is_finite(gradient.parameters):
+            self.fallbacks += 1
+            for parameter, g in zip(gradient.parameters, plain):
+                parameter.grad = g
+
+
+def is_finite(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether all gradients are finite."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return not gradients or bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
 
 
 class Proximal(LocalRule):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_fed.federation.local_rules import SharpnessAware
+from lightning_fed.federation.local_rules import SharpnessAwareRule
 from lightning_fed.strategies.gossip import GossipStrategy
 from lightning_fed.topology import Topology, TopologyName
 
@@ -32,4 +32,4 @@ class DFedSAMStrategy(GossipStrategy):
         gossip_steps: int = 1,
         **federation: Any,
     ) -> None:
-        super().__init__(topology=topology, gossip_steps=gossip_steps, local_rule=SharpnessAware(rho), **federation)
+        super().__init__(topology=topology, gossip_steps=gossip_steps, local_rule=SharpnessAwareRule(rho), **federation)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_fed import EControlStrategy, GossipStrategy
 from lightning_fed.compression import Identity, TopK
-from lightning_fed.federation.local_rules import SharpnessAware
+from lightning_fed.federation.local_rules import SharpnessAwareRule
 from lightning_fed.federation.strategy import FederatedStrategy
 
 STEP = {"local_steps": 1, "rounds_per_epoch": "pass"}
@@ -125,7 +125,7 @@ def test_schedulers_may_step_with_the_clients() -> None:
 
 def test_a_local_rule_changes_each_clients_gradient_before_it_is_sent() -> None:
     def run(rho: float | None) -> np.ndarray:
-        rule = None if rho is None else SharpnessAware(rho)
+        rule = None if rho is None else SharpnessAwareRule(rho)
         strategy = EControlStrategy(Identity(), error_feedback="none", num_clients=3, local_rule=rule)
         return fit(strategy, seeded_classifier(), max_epochs=1)
 
