@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from documentation import ROOT, example, execute
 from federations import Classifier, all_rows, clients, loaders, samples, silent_trainer
 from lightning.pytorch import Callback, seed_everything
 
@@ -24,26 +25,9 @@ from lightning_fed.federation.strategy import FederatedStrategy
 from lightning_fed.federation.virtual_clock import VirtualClock
 from lightning_fed.modest.membership import hash_order
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MARKED_BLOCK = re.compile(r"<!-- test: (\S+) -->\n```python\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE_BLOCK = re.compile(r"```.*?```", re.DOTALL)
-
-
-def example(page: Path, name: str) -> list[str]:
-    """The Python blocks of a page that are marked with ``<!-- test: name -->``."""
-    blocks = [code for marked, code in MARKED_BLOCK.findall(page.read_text()) if marked == name]
-    assert blocks, f"{page.name} has no block marked {name!r}"
-    return blocks
-
-
-def execute(page: Path, blocks: list[str], **given: Any) -> dict[str, Any]:
-    """Run blocks one after another, as the script that a reader would paste together; returns its variables."""
-    names: dict[str, Any] = {"__name__": "example", **given}
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), names)
-    return names
 
 
 # -------------------------------------------------------------------------------------------------- the examples run
@@ -95,10 +79,9 @@ def test_the_example_of_modest_trains(in_tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", range(4))
 def test_the_settings_of_modest_are_read(number: int, in_tmp_path: Path) -> None:
-    page = MODEST.read_text()
-    blocks = re.findall(r"<!-- test: availability -->\n```yaml\n(.*?)```", page, re.DOTALL)
+    blocks = example(MODEST, "availability", "yaml")
     assert len(blocks) == 4
-    (trace,) = re.findall(r"<!-- test: availability.csv -->\n```text\n(.*?)```", page, re.DOTALL)
+    (trace,) = example(MODEST, "availability.csv", "text")
     Path("availability.csv").write_text(trace)
     settings = {"num_clients": 50, **yaml.safe_load(blocks[number])}
     trainer = {"strategy": {"class_path": "MoDeSTStrategy", "init_args": settings}, "accelerator": "cpu", "devices": 1}
@@ -287,7 +270,9 @@ def test_anchors_lead_to_headings(page: Path) -> None:
         path, _, anchor = target.partition("#")
         if not anchor or "://" in target:
             continue
-        headings = re.findall(r"^#+ (.*)$", CODE_BLOCK.sub("", (page.parent / path or page).read_text()), re.MULTILINE)
+        headings = re.findall(
+            r"^#+ (.*)$", CODE_BLOCK.sub("", (page.parent / path if path else page).read_text()), re.MULTILINE
+        )
         anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
         assert anchor in anchors, f"{page.name}: no heading {target!r}"
 

@@ -3,6 +3,15 @@
 from lightning_fed.data.client_data_module import ClientDataModule, Splits, labels_of
 from lightning_fed.data.digits import DigitsDataModule
 from lightning_fed.data.federated_dataset import FederatedDataset
+from lightning_fed.data.modular_arithmetic import ModularArithmeticDataModule
 from lightning_fed.data.vision import VisionDataModule
 
-__all__ = ["ClientDataModule", "DigitsDataModule", "FederatedDataset", "Splits", "VisionDataModule", "labels_of"]
+__all__ = [
+    "ClientDataModule",
+    "DigitsDataModule",
+    "FederatedDataset",
+    "ModularArithmeticDataModule",
+    "Splits",
+    "VisionDataModule",
+    "labels_of",
+]
