@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from documentation import ROOT, example, execute
 from federations import Classifier, clients, loaders
 from lightning.pytorch import Trainer
 
-from lightning_fed.callbacks import GeometryReport, SharpnessMonitor
+from lightning_fed.callbacks import GeometryReport, Grokfast, SharpnessMonitor
 from lightning_fed.cli import FederatedCLI
 
 DOCS = ROOT / "docs"
@@ -51,3 +52,18 @@ def test_the_settings_of_the_monitors_are_read(in_tmp_path: Path) -> None:
     (monitor,) = [callback for callback in trainer.callbacks if isinstance(callback, SharpnessMonitor)]
     assert (monitor.every_n_epochs, monitor.batch_size) == (5, 512)
     assert any(isinstance(callback, GeometryReport) for callback in trainer.callbacks)
+
+
+@pytest.mark.slow
+def test_the_example_of_grokking_generalizes(in_tmp_path: Path) -> None:
+    trainer = execute(DOCS / "grokking.md", example(DOCS / "grokking.md", "grokking"))["trainer"]
+    assert trainer.callback_metrics["val/acc"] > 0.95
+
+
+def test_the_settings_of_grokking_are_read(in_tmp_path: Path) -> None:
+    (block,) = example(DOCS / "grokking.md", "grokking", "yaml")
+    Path("config.yaml").write_text(yaml.safe_dump({"trainer": {"accelerator": "cpu", **yaml.safe_load(block)}}))
+    classes = ["--model", "ModularClassifier", "--data", "ModularArithmeticDataModule"]
+    trainer = FederatedCLI(["--config", "config.yaml", *classes], run=False).trainer
+    grokfast = next(callback for callback in trainer.callbacks if isinstance(callback, Grokfast))
+    assert (grokfast.filter, grokfast.window, grokfast.stop_monitor) == ("ma", 100, "val/acc")
