@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import numpy as np
 import torch
 from torch.utils.data import TensorDataset
@@ -11,9 +13,11 @@ from lightning_fed.partition import Dirichlet, Partitioner
 
 VALIDATION_SAMPLES, TEST_SAMPLES = 200, 400
 
+DigitsPixels = Literal["unit", "symmetric"]
+
 
 class DigitsDataModule(ClientDataModule):
-    """1,797 images of ten digits (Alpaydin, Kaynak 1998), float32 ``[1, 8, 8]`` in [0, 1]; a run takes seconds.
+    """1,797 images of ten digits (Alpaydin, Kaynak 1998), float32 ``[1, 8, 8]``; a run takes seconds.
 
     1,197 samples are for training, 200 for validation, 400 for test, in the same class proportions. This division is
     fixed; ``seed`` only decides which client gets which training samples. Needs scikit-learn.
@@ -27,9 +31,10 @@ class DigitsDataModule(ClientDataModule):
         client_eval_split: share of each client's samples held out to evaluate its own model on.
         drop_last: leave out the last, smaller minibatch of a client's pass.
         seed: of the partition.
+        pixels: ``"unit"``: in [0, 1]; ``"symmetric"``: in [-1, 1], as diffusion models expect.
 
     Raises:
-        ValueError: as :class:`ClientDataModule`.
+        ValueError: as :class:`ClientDataModule`; if ``pixels`` is unknown.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class DigitsDataModule(ClientDataModule):
         client_eval_split: float = 0.0,
         drop_last: bool = False,
         seed: int = 0,
+        pixels: DigitsPixels = "unit",
     ) -> None:
         super().__init__(
             num_clients=num_clients,
@@ -53,6 +59,9 @@ class DigitsDataModule(ClientDataModule):
             drop_last=drop_last,
             seed=seed,
         )
+        if pixels not in get_args(DigitsPixels):
+            raise ValueError(f'pixels={pixels!r} is unknown: use "unit" for [0, 1] or "symmetric" for [-1, 1].')
+        self.pixels: DigitsPixels = pixels
 
     @property
     def num_classes(self) -> int:
@@ -64,6 +73,8 @@ class DigitsDataModule(ClientDataModule):
 
         digits = load_digits()
         images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
+        if self.pixels == "symmetric":
+            images = 2 * images - 1
         labels = torch.from_numpy(digits.target).long()
         held_out = VALIDATION_SAMPLES + TEST_SAMPLES
         train, rest = train_test_split(np.arange(len(labels)), test_size=held_out, stratify=labels, random_state=0)

@@ -16,6 +16,7 @@ from lightning_fed.data.client_data_module import ClientDataModule, Splits
 from lightning_fed.partition import Partitioner
 
 VisionName = Literal["cifar10", "cifar100", "emnist", "svhn", "mnist", "fashion-mnist"]
+VisionPixels = Literal["standard", "symmetric"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class VisionDataModule(ClientDataModule):
 
     Images are float32 ``[channels, height, width]``, normalised by the training set's mean and deviation. In training
     CIFAR images are padded by 4, cropped at random and mirrored; SVHN images are only cropped; the others are left as
-    they are. The test set is the published one. Needs torchvision.
+    they are. With ``pixels="symmetric"``, for generators, no image is cropped, for they would learn the black borders.
+    The test set is the published one. Needs torchvision.
 
     Args:
         name: the data set.
@@ -71,9 +73,11 @@ class VisionDataModule(ClientDataModule):
         client_eval_split: share of each client's samples held out to evaluate its own model on, without augmentation.
         drop_last: leave out the last, smaller minibatch of a client's pass.
         seed: of the validation set and of the partition.
+        pixels: ``"standard"``: normalised; ``"symmetric"``: in [-1, 1], and no crops.
 
     Raises:
-        ValueError: as :class:`ClientDataModule`; when the data are first used, if they are absent.
+        ValueError: as :class:`ClientDataModule`; if ``name`` or ``pixels`` is unknown; when the data are first used, if
+            they are absent.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class VisionDataModule(ClientDataModule):
         client_eval_split: float = 0.0,
         drop_last: bool = False,
         seed: int = 0,
+        pixels: VisionPixels = "standard",
     ) -> None:
         super().__init__(
             num_clients=num_clients,
@@ -106,12 +111,15 @@ class VisionDataModule(ClientDataModule):
             raise ValueError(f"name={name!r} is not a known data set: choose one of {', '.join(get_args(VisionName))}.")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction} must be in [0, 1).")
+        if pixels not in get_args(VisionPixels):
+            raise ValueError(f'pixels={pixels!r} is unknown: use "standard" (normalised) or "symmetric" for [-1, 1].')
         self.name: str = name
         self.source = SOURCES[name]
         self.root = Path(root)
         self.download = download
         self.augment = augment
         self.val_fraction = val_fraction
+        self.pixels: VisionPixels = pixels
 
     @property
     def num_classes(self) -> int:
@@ -142,10 +150,13 @@ class VisionDataModule(ClientDataModule):
         """From uint8 ``[..., channels, height, width]`` to a model's input: always; for training, None if the same."""
         from torchvision.transforms import v2
 
-        normalise = v2.Compose(
-            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(self.source.mean), list(self.source.std))]
-        )
-        random: list[torch.nn.Module] = [v2.RandomCrop(size, padding=4)] if self.source.crops else []
+        is_symmetric = self.pixels == "symmetric"
+        halves = [0.5] * len(self.source.mean)
+        mean, std = (halves, halves) if is_symmetric else (list(self.source.mean), list(self.source.std))
+        normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+        random: list[torch.nn.Module] = []
+        if self.source.crops and not is_symmetric:
+            random.append(v2.RandomCrop(size, padding=4))
         random += [v2.RandomHorizontalFlip()] if self.source.flips else []
         return normalise, v2.Compose([*random, normalise]) if random and self.augment else None
 
