@@ -20,7 +20,7 @@ import lightning_fed
 import lightning_fed.callbacks
 import lightning_fed.data
 import lightning_fed.modules  # noqa: F401
-from lightning_fed import launch
+from lightning_fed import launch, sample
 
 PICTURE_SUFFIXES = {".png", ".svg", ".pdf", ".gif"}
 
@@ -84,7 +84,9 @@ def results(trainer: Trainer) -> Iterator[tuple[str, str]]:
 
 
 def main(args: ArgsType = None) -> None:
-    """Run ``lightning-fed``: LightningCLI's subcommands, and ``launch`` (see :mod:`lightning_fed.launch`).
+    """Run ``lightning-fed``: LightningCLI's subcommands, ``launch`` (:mod:`lightning_fed.launch`) and ``sample``.
+
+    For the last, see :mod:`lightning_fed.sample`.
 
     Args:
         args: what follows the program's name; by default that of this process.
@@ -92,6 +94,8 @@ def main(args: ArgsType = None) -> None:
     arguments = sys.argv[1:] if args is None else args
     if isinstance(arguments, list) and arguments[:1] == ["launch"]:
         sys.exit(launch.main(arguments[1:]))
+    if isinstance(arguments, list) and arguments[:1] == ["sample"]:
+        sys.exit(sample.main(arguments[1:]))
     # Lightning's use of torch's trees, of which a user can change nothing.
     warnings.filterwarnings("ignore", ".*LeafSpec")
     FederatedCLI(args)
