@@ -288,7 +288,8 @@ def test_the_readmes_table_names_every_strategy_and_short_name() -> None:
 
 def test_every_config_is_in_the_readme() -> None:
     page = (ROOT / "README.md").read_text()
-    assert [path.name for path in (ROOT / "configs").glob("*.yaml") if f"configs/{path.name}" not in page] == []
+    paths = [str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")]
+    assert [path for path in paths if path not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
