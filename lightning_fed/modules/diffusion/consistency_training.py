@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.optim import RAdam
 
 from lightning_fed.modules.diffusion.denoiser import EDMDenoiser, TimeEmbedding
-from lightning_fed.modules.diffusion.diffusion_module import CLASS_KEY, Batch, DiffusionModule
+from lightning_fed.modules.diffusion.diffusion_module import Batch, DiffusionModule
 from lightning_fed.modules.diffusion.frozen import HoldsFrozen
 from lightning_fed.modules.diffusion.noise_pairs import EasyPairs, NoisePair, NoisePairs
 from lightning_fed.modules.diffusion.pipelines import GRID, PipelineCalls, consistency_call, grid_sigma, grid_timestep
-from lightning_fed.modules.diffusion.pretrained import load_denoiser, network_setting, read_checkpoint
+from lightning_fed.modules.diffusion.pretrained import is_one_step_generator, load_denoiser, network_setting
 from lightning_fed.modules.diffusion.sampling import consistency_steps, flow_step
 
 VALIDATION_SEED = 0
@@ -77,6 +77,8 @@ class ConsistencyTraining(HoldsFrozen, DiffusionModule):
         ValueError: if a setting is out of range or does not fit what is loaded; when a fit begins, if its teacher
             cannot be loaded or does not fit, or it has no end and ``total_steps`` is not given.
     """
+
+    is_one_step_generator = True
 
     def __init__(
         self,
@@ -277,22 +279,11 @@ def load_teacher(source: nn.Module | str | Path, levels: Mapping[str, float | No
     if isinstance(source, Mapping):
         raise ValueError("teacher is a configuration: a network with random weights teaches nothing, train it first.")
     teacher = load_denoiser(source, **levels, boundary=False)  # type: ignore[arg-type]
-    if _is_generator(source, teacher):
+    if is_one_step_generator(source, teacher):
         raise ValueError(
             "teacher is a one-step generator itself: distil a diffusion model, such as DiffusionTraining makes."
         )
     return teacher.copy(boundary=False) if isinstance(source, nn.Module) else teacher
-
-
-def _is_generator(source: Any, teacher: EDMDenoiser) -> bool:
-    if isinstance(source, (EDMDenoiser, DiffusionModule)):
-        return (source if isinstance(source, EDMDenoiser) else source.generator).boundary
-    if isinstance(source, nn.Module):
-        return False
-    if Path(source).suffix == ".ckpt":
-        return read_checkpoint(source, "teacher").get(CLASS_KEY) in ("ConsistencyTraining", "FDistill")
-    # Of pipelines, only those of consistency models have it.
-    return teacher.time_embedding == "consistency"
 
 
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
 # Under which a checkpoint names the class that wrote it.
 CLASS_KEY = "diffusion_module"
+# And whether that makes images in one step.
+ONE_STEP_KEY = "one_step_generator"
 
 
 class WarmedUpDecay:
@@ -55,6 +57,7 @@ class DiffusionModule(LightningModule):
             samples are drawn; None for no average. It warms up. A federation keeps none: its consensus model is one.
 
     Attributes:
+        is_one_step_generator: whether the denoiser makes images in one step, and so cannot be a teacher.
         denoiser: the trained denoiser.
         average: its moving average, or None.
         last_step: what monitors draw of the last training step, detached: ``sigma`` and ``loss``, ``[B]`` each, and
@@ -63,6 +66,8 @@ class DiffusionModule(LightningModule):
     Raises:
         ValueError: if ``ema_decay`` is not in [0, 1).
     """
+
+    is_one_step_generator: ClassVar[bool] = False
 
     def __init__(self, denoiser: EDMDenoiser, ema_decay: float | None) -> None:
         super().__init__()
@@ -279,3 +284,4 @@ class DiffusionModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CLASS_KEY] = type(self).__name__
+        checkpoint[ONE_STEP_KEY] = self.is_one_step_generator

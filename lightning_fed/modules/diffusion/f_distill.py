@@ -32,7 +32,7 @@ from lightning_fed.modules.diffusion.divergences import Divergence
 from lightning_fed.modules.diffusion.frozen import HoldsFrozen
 from lightning_fed.modules.diffusion.noise import NoiseDistribution, Weighting, karras_positions
 from lightning_fed.modules.diffusion.objectives import Objective, StudentBatch, gan_losses, like_images, pixel_mean
-from lightning_fed.modules.diffusion.pretrained import DEFAULTS, network_setting
+from lightning_fed.modules.diffusion.pretrained import DEFAULTS, is_one_step_generator, network_setting
 from lightning_fed.modules.diffusion.sampling import initial_noise_level
 
 
@@ -125,6 +125,7 @@ class FDistill(HoldsFrozen, AlternatingTraining):
         ValueError: if a setting is out of range or unknown, or networks do not fit each other.
     """
 
+    is_one_step_generator = True
     teacher: EDMDenoiser
     discriminator: nn.Module
 
@@ -169,6 +170,8 @@ class FDistill(HoldsFrozen, AlternatingTraining):
             "time_embedding": time_embedding,
         }
         loaded = denoiser_from(teacher, "teacher", given)
+        if is_one_step_generator(teacher, loaded):
+            raise ValueError("teacher is a one-step generator itself: distil a diffusion model.")
         if isinstance(teacher, nn.Module):
             loaded = loaded.copy(loaded.boundary)
         levels = {name: loaded.settings[name] for name in DEFAULTS}
@@ -188,7 +191,8 @@ class FDistill(HoldsFrozen, AlternatingTraining):
         self.fake_weighting = Weighting.of(fake_weighting, "fake_weighting")
         self.ratio = DensityRatio(ratio_bounds, ratio_bins, ratio_rate)
         self.gan_weight, self.r1_weight, self.r1_scale = gan_weight, r1_weight, r1_scale
-        self.lr, self.fake_lr, self.discriminator_lr = lr, fake_lr or lr, discriminator_lr or lr
+        self.lr, self.fake_lr = lr, lr if fake_lr is None else fake_lr
+        self.discriminator_lr = lr if discriminator_lr is None else discriminator_lr
         self.betas, self.weight_decay = betas, weight_decay
         self._check_settings(features)
         self.discriminator = self._discriminator_of(discriminator, features, feature_layers, shape)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_fed.modules.diffusion.denoiser import EDMDenoiser, TimeEmbedding, network_config
-from lightning_fed.modules.diffusion.diffusion_module import DiffusionModule
+from lightning_fed.modules.diffusion.diffusion_module import ONE_STEP_KEY, DiffusionModule
 
 # Of Karras et al. 2022, where nothing else is said.
 DEFAULTS: dict[str, Any] = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0, "time_embedding": "edm"}
@@ -69,6 +69,25 @@ def load_denoiser(
             )
         settings[name] = known.get(name, DEFAULTS[name]) if value is None else value
     return EDMDenoiser(network, **settings, boundary=boundary)
+
+
+def is_one_step_generator(source: Any, denoiser: EDMDenoiser) -> bool:
+    """Whether a source of a denoiser is a consistency model or a distilled student, which cannot teach others.
+
+    Args:
+        source: what :func:`load_denoiser` was given.
+        denoiser: what it returned.
+    """
+    if isinstance(source, DiffusionModule):
+        return source.is_one_step_generator
+    if isinstance(source, EDMDenoiser):
+        return source.boundary
+    if not isinstance(source, (str, Path)) or Path(source, "config.json").is_file():
+        return False
+    if Path(source).suffix == ".ckpt":
+        return bool(read_checkpoint(source, "teacher").get(ONE_STEP_KEY))
+    # Of pipelines, only those of consistency models have it.
+    return denoiser.time_embedding == "consistency"
 
 
 def network_setting(denoiser: EDMDenoiser) -> dict[str, Any] | None:

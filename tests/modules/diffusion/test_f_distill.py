@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -256,6 +257,7 @@ def test_classes_reach_every_network() -> None:
         ({"gradient_clip": 0.0}, "gradient_clip=0.0"),
         ({"gan_weight": -1.0}, "gan_weight=-1.0"),
         ({"fake_lr": -1.0}, "fake_lr=-1.0"),
+        ({"discriminator_lr": 0.0}, "discriminator_lr=0.0"),
         ({"ratio_bounds": (2.0, 3.0)}, "ratio_bounds"),
         ({"features": "students"}, "features='students'"),
         ({"feature_layers": ["middle"]}, "has no layer 'middle'; it has 'conv_in'"),
@@ -273,6 +275,17 @@ def test_bad_settings(settings: dict[str, Any], named: str) -> None:
 def test_a_configuration_is_no_teacher() -> None:
     with pytest.raises(ValueError, match="a network with random weights teaches nothing"):
         FDistill(unet_config())
+
+
+def test_a_one_step_generator_is_no_teacher() -> None:
+    student = distillation()
+    with pytest.raises(ValueError, match="a one-step generator itself"):
+        FDistill(student)
+
+
+def test_a_bare_model_in_a_folder_can_teach(tmp_path: Path) -> None:
+    teacher().network.save_pretrained(tmp_path)
+    assert FDistill(str(tmp_path), time_embedding="consistency").teacher.time_embedding == "consistency"
 
 
 def test_an_exact_teacher_needs_a_student() -> None:
