@@ -14,18 +14,16 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import RAdam
 
-from lightning_fed.modules.diffusion.denoiser import EDMDenoiser, TimeEmbedding
+from lightning_fed.modules.diffusion.denoiser import EDMDenoiser, TimeEmbedding, like_images
 from lightning_fed.modules.diffusion.diffusion_module import Batch, DiffusionModule
+from lightning_fed.modules.diffusion.distillation_networks import UNNAMED
 from lightning_fed.modules.diffusion.frozen import HoldsFrozen
 from lightning_fed.modules.diffusion.noise_pairs import EasyPairs, NoisePair, NoisePairs
 from lightning_fed.modules.diffusion.pipelines import GRID, PipelineCalls, consistency_call, grid_sigma, grid_timestep
 from lightning_fed.modules.diffusion.pretrained import is_one_step_generator, load_denoiser, network_setting
 from lightning_fed.modules.diffusion.sampling import consistency_steps, flow_step
 
-VALIDATION_SEED = 0
 HUBER_SCALE = 0.00054  # of iCT: c = 0.00054 sqrt(numbers of an image)
-# What a checkpoint says of a teacher that it cannot name.
-UNNAMED_TEACHER = "(an object)"
 
 
 class ConsistencyTraining(HoldsFrozen, DiffusionModule):
@@ -111,7 +109,7 @@ class ConsistencyTraining(HoldsFrozen, DiffusionModule):
         self.sampling_sigmas = self._levels_of_export(sampling_sigmas)
         self.teacher: EDMDenoiser | None = None
         named = str(teacher) if isinstance(teacher, Path) else teacher
-        self._teacher_source = UNNAMED_TEACHER if isinstance(teacher, nn.Module) else named
+        self._teacher_source = UNNAMED if isinstance(teacher, nn.Module) else named
         self._check_settings()
         if loaded is not None:
             self._hold_teacher(loaded)
@@ -158,7 +156,7 @@ class ConsistencyTraining(HoldsFrozen, DiffusionModule):
         super().setup(stage)
         if stage not in ("fit", "validate") or self._teacher_source is None or self.teacher is not None:
             return
-        if self._teacher_source == UNNAMED_TEACHER:
+        if self._teacher_source == UNNAMED:
             raise ValueError(
                 "this model was distilled from a teacher that was given as an object, which checkpoints do not hold. "
                 "To train it further, give it again: ConsistencyTraining.load_from_checkpoint(path, teacher=...)."
@@ -199,8 +197,7 @@ class ConsistencyTraining(HoldsFrozen, DiffusionModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, labels = self.images_and_labels(batch)
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(VALIDATION_SEED + batch_idx)
+        with self.same_noise(batch_idx):
             pair, noise = self._draw_pairs(images, self.pairs.finest), torch.randn_like(images)
         loss = self.loss(images, pair, noise, labels, self.generator).mean()
         self.log("val/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(images))
@@ -215,7 +212,7 @@ class ConsistencyTraining(HoldsFrozen, DiffusionModule):
     ) -> Tensor:
         """The weighted distance of each image's two estimates, ``[B]``; it has a gradient at the upper level only."""
         f = denoiser or self.denoiser
-        a, b = (level.view(-1, *[1] * (images.ndim - 1)) for level in (pair.lower, pair.upper))
+        a, b = (like_images(level, images) for level in (pair.lower, pair.upper))
         upper_point, lower_point = images + b * noise, images + a * noise
         if self.teacher is not None:
             with torch.no_grad():

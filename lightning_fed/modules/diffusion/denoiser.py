@@ -130,7 +130,7 @@ class EDMDenoiser(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         # A level that is given as a number keeps its digits until its logarithm is taken.
         sigma = torch.as_tensor(sigma, dtype=_widest(x.device), device=x.device).expand(len(x))
-        level, x = sigma.to(dtype).view(-1, *[1] * (x.ndim - 1)), x.to(dtype)
+        level, x = like_images(sigma.to(dtype), x), x.to(dtype)
         c_skip, c_out, c_in = self.scalings(level)
         if class_labels is None and self.no_class is not None:
             class_labels = torch.full((len(x),), self.no_class, device=x.device)
@@ -186,6 +186,11 @@ class EDMDenoiser(nn.Module):
             )
         if self.sample_shape is not None:
             self.check_images(self.sample_shape)
+
+
+def like_images(values: Tensor, images: Tensor) -> Tensor:
+    """``[B]`` to ``[B, 1, 1, 1]``."""
+    return values.view(-1, *[1] * (images.ndim - 1))
 
 
 def network_config(network: nn.Module) -> dict[str, Any]:

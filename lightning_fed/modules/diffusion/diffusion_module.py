@@ -6,7 +6,8 @@ Shapes: B = samples, C, H, W = channels, height and width of an image.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
+VALIDATION_SEED = 0
 # Under which a checkpoint names the class that wrote it.
 CLASS_KEY = "diffusion_module"
 # And whether that makes images in one step.
@@ -231,6 +233,13 @@ class DiffusionModule(LightningModule):
             self._has_looked = True
             self._look(images, None if num_classes is None else labels)
         return images, None if num_classes is None else labels
+
+    @contextmanager
+    def same_noise(self, batch_idx: int) -> Iterator[None]:
+        """Inside, random numbers are those of this validation batch in every epoch; outside, as if none were drawn."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(VALIDATION_SEED + batch_idx)
+            yield
 
     def _look(self, images: Tensor, labels: Tensor | None) -> None:
         """What would need the GPU to wait, once."""

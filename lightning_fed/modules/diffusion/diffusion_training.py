@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_fed.modules.diffusion.denoiser import EDMDenoiser, TimeEmbedding
+from lightning_fed.modules.diffusion.denoiser import EDMDenoiser, TimeEmbedding, like_images
 from lightning_fed.modules.diffusion.diffusion_module import Batch, DiffusionModule
 from lightning_fed.modules.diffusion.noise import NoiseDistribution, Weighting
 from lightning_fed.modules.diffusion.pipelines import PipelineCalls
 from lightning_fed.modules.diffusion.pretrained import load_denoiser, network_setting
 from lightning_fed.modules.diffusion.sampling import euler, heun
-
-VALIDATION_SEED = 0
 
 
 class DiffusionTraining(DiffusionModule):
@@ -104,9 +102,7 @@ class DiffusionTraining(DiffusionModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, labels = self.images_and_labels(batch)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(VALIDATION_SEED + batch_idx)
+        with self.same_noise(batch_idx):
             sigma, noise = self._noise_levels(len(images)), torch.randn_like(images)
         loss = self.loss(images, sigma, noise, labels, self.generator).mean()
         self.log("val/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(images))
@@ -121,7 +117,7 @@ class DiffusionTraining(DiffusionModule):
     ) -> Tensor:
         """The weighted squared error of each image, a mean over its pixels, ``[B]``."""
         denoiser = denoiser or self.denoiser
-        noisy = images + sigma.view(-1, *[1] * (images.ndim - 1)) * noise
+        noisy = images + like_images(sigma, images) * noise
         error = (denoiser(noisy, sigma, class_labels) - images).square().flatten(1).mean(dim=1)
         return self.weighting(sigma, denoiser.sigma_data) * error
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from lightning_fed.modules.diffusion.alternating_training import AlternatingTraining
-from lightning_fed.modules.diffusion.denoiser import EDMDenoiser, TimeEmbedding
+from lightning_fed.modules.diffusion.denoiser import EDMDenoiser, TimeEmbedding, like_images
 from lightning_fed.modules.diffusion.density_ratio import DensityRatio
 from lightning_fed.modules.diffusion.discriminator import FeatureDiscriminator, discriminator_losses
 from lightning_fed.modules.diffusion.distillation_networks import (
@@ -31,7 +31,7 @@ from lightning_fed.modules.diffusion.distillation_networks import (
 from lightning_fed.modules.diffusion.divergences import Divergence
 from lightning_fed.modules.diffusion.frozen import HoldsFrozen
 from lightning_fed.modules.diffusion.noise import NoiseDistribution, Weighting, karras_positions
-from lightning_fed.modules.diffusion.objectives import Objective, StudentBatch, gan_losses, like_images, pixel_mean
+from lightning_fed.modules.diffusion.objectives import Objective, StudentBatch, gan_losses, pixel_mean
 from lightning_fed.modules.diffusion.pretrained import DEFAULTS, is_one_step_generator, network_setting
 from lightning_fed.modules.diffusion.sampling import initial_noise_level
 

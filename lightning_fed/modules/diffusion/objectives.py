@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_fed.modules.diffusion.denoiser import like_images
 from lightning_fed.modules.diffusion.divergences import Divergence
 from lightning_fed.modules.diffusion.named import Named
 
@@ -173,11 +174,6 @@ class UniInstruct(Objective):
 def pixel_mean(values: Tensor) -> Tensor:
     """``[B, C, H, W]`` to ``[B]``."""
     return values.flatten(1).mean(dim=1)
-
-
-def like_images(values: Tensor, images: Tensor) -> Tensor:
-    """``[B]`` to ``[B, 1, 1, 1]``."""
-    return values.view(-1, *[1] * (images.ndim - 1))
 
 
 def gan_losses(logits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lightning_fed.modules.diffusion.denoiser import EDMDenoiser
+from lightning_fed.modules.diffusion.denoiser import EDMDenoiser, like_images
 from lightning_fed.modules.diffusion.noise import karras_sigmas
 
 
@@ -111,4 +111,4 @@ def consistency_steps(
 
 def _like(sigma: Tensor | float, x: Tensor) -> Tensor:
     level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-    return level.view(-1, *[1] * (x.ndim - 1)) if level.ndim else level
+    return like_images(level, x) if level.ndim else level
