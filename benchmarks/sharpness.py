@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from overhead import Gathered, as_it_is
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -69,27 +70,6 @@ def convnet() -> nn.Module:
         nn.Flatten(),
         nn.Linear(256, 10),
     )
-
-
-class Gathered(Dataset[Any]):
-    """A data set that is asked for whole batches."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self.tensors = tensors
-
-    def __len__(self) -> int:
-        return len(self.tensors[0])
-
-    def __getitem__(self, index: int) -> list[Tensor]:
-        return [tensor[index] for tensor in self.tensors]
-
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        return [tensor[torch.tensor(indices)] for tensor in self.tensors]
-
-
-def as_it_is(batch: list[Tensor]) -> list[Tensor]:
-    """The collate function of batches that are complete."""
-    return batch
 
 
 def digits(seed: int, noise: float) -> tuple[Gathered, Gathered]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_fed.data import FederatedDataset
@@ -23,6 +24,20 @@ def samples(count: int, seed: int = 0) -> TensorDataset:
     features = torch.randn(count, FEATURES, generator=generator)
     teacher = torch.randn(FEATURES, CLASSES, generator=torch.Generator().manual_seed(99))
     return TensorDataset(features, (features @ teacher).argmax(dim=1))
+
+
+class Noisy(Dataset[Any]):
+    """Random augmentation with all three generators."""
+
+    def __init__(self) -> None:
+        self.samples = samples(60)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, label = self.samples[index]
+        return inputs + 0.1 * torch.randn(FEATURES) + 0.1 * random.random() + 0.1 * np.random.rand(), label
 
 
 def clients(num_clients: int, smallest: int = 10, step: int = 2) -> FederatedDataset:

@@ -12,12 +12,12 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from federations import CLASSES, FEATURES, Classifier, clients, loaders, samples, silent_trainer
+from federations import CLASSES, Classifier, Noisy, clients, loaders, samples, silent_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from matplotlib.image import imread
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from lightning_fed import DFedSAMStrategy, GossipStrategy
 from lightning_fed.callbacks import NeuralCollapseMonitor
@@ -104,20 +104,6 @@ def test_a_stream_is_measured_as_it_comes() -> None:
     assert metrics_of(whole) == pytest.approx(by_hand(whole.lightning_module, samples(60)), rel=1e-4)
     part = fit(NeuralCollapseMonitor(plots=False, max_batches=2), data=[DataLoader(Stream(60), 10)])
     assert metrics_of(part) == pytest.approx(by_hand(part.lightning_module, TensorDataset(*samples(60)[:20])), rel=1e-4)
-
-
-class Noisy(Dataset[Any]):
-    """Random augmentation with all three generators."""
-
-    def __init__(self) -> None:
-        self.samples = samples(60)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Any:
-        inputs, label = self.samples[index]
-        return inputs + 0.1 * torch.randn(FEATURES) + 0.1 * random.random() + 0.1 * np.random.rand(), label
 
 
 class Counting(Classifier):

@@ -11,11 +11,11 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from federations import CLASSES, FEATURES, Classifier, clients, loaders, samples, silent_trainer
+from federations import CLASSES, Classifier, Noisy, clients, loaders, samples, silent_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import CatMetric, Metric
 
 from lightning_fed import DFedSAMStrategy, GossipStrategy
@@ -146,20 +146,6 @@ def test_the_edge_of_stability_is_known_for_one_sgd_with_one_rate() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- training goes on
-
-
-class Noisy(Dataset[Any]):
-    """Random augmentation with all three generators."""
-
-    def __init__(self) -> None:
-        self.samples = samples(60)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Any:
-        inputs, label = self.samples[index]
-        return inputs + 0.1 * torch.randn(FEATURES) + 0.1 * random.random() + 0.1 * np.random.rand(), label
 
 
 class Counting(Classifier):
