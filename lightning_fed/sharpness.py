@@ -23,6 +23,7 @@ def ascent(
     p: float = 2.0,
     adaptive: Sequence[bool] | None = None,
     eta: float = 0.01,
+    apart: bool = False,
 ) -> list[Tensor]:
     """The step from ``w`` to the worst point of a ball around it, to first order in the loss.
 
@@ -38,19 +39,32 @@ def ascent(
         p: the ball's norm, in (1, inf].
         adaptive: which tensors are measured by their size; None is none of them, which is SAM.
         eta: of ASAM.
+        apart: the first dimension of each tensor numbers models, each of which takes a step of its own.
     """
     q = 1.0 if p == float("inf") else p / (p - 1)
     adaptive = [False] * len(weights) if adaptive is None else adaptive
     u = [(w.abs() + eta) * g if measured else g for w, g, measured in zip(weights, gradients, adaptive)]
-    norms = torch._foreach_norm(u, q) if q in (1, 2) else [torch.linalg.vector_norm(tensor, q) for tensor in u]
-    norm = torch.linalg.vector_norm(torch.stack(tuple(norms)), q)
-    if p == 2:
-        steps = list(torch._foreach_mul(u, rho / norm))
+    if apart:
+        norms = [torch.linalg.vector_norm(tensor.flatten(1), q, dim=1) for tensor in u]
     else:
-        steps = [rho * tensor.sign() * (tensor.abs() / norm.to(tensor)) ** (q - 1) for tensor in u]
-    steps = [(w.abs() + eta) * e if measured else e for w, e, measured in zip(weights, steps, adaptive)]
+        norms = (
+            list(torch._foreach_norm(u, q)) if q in (1, 2) else [torch.linalg.vector_norm(tensor, q) for tensor in u]
+        )
+    norm = torch.linalg.vector_norm(torch.stack(norms), q, dim=0)
     has_direction = torch.isfinite(norm) & (norm > 0)
-    return [torch.where(has_direction, e, 0.0) for e in steps]
+    if p == 2 and not apart:
+        steps = list(torch._foreach_mul(u, rho / norm))
+    elif p == 2:
+        steps = [tensor * beside(rho / norm, tensor) for tensor in u]
+    else:
+        steps = [rho * tensor.sign() * (tensor.abs() / beside(norm.to(tensor), tensor)) ** (q - 1) for tensor in u]
+    steps = [(w.abs() + eta) * e if measured else e for w, e, measured in zip(weights, steps, adaptive)]
+    return [torch.where(beside(has_direction, e), e, 0.0) for e in steps]
+
+
+def beside(number: Tensor, tensor: Tensor) -> Tensor:
+    """A number, or one for each entry of a tensor's first dimension, in a shape that broadcasts against the tensor."""
+    return number if number.dim() == 0 else number.view(-1, *[1] * (tensor.dim() - 1))
 
 
 def is_measured_by_size(name: str) -> bool:

@@ -98,6 +98,8 @@ def check_mixing(exchange: Exchange, rows: MakeRows, X_NP: np.ndarray, row_bytes
         wanted = sum((W_NN[host.start : host.stop, mine] != 0).any(axis=0).sum() for host in hosts)
         assert exchange.wire_bytes == 2 * wanted * row_bytes, name
 
+    check_rounded_messages(exchange, rows, X_NP, assert_near)
+
     # Rounding decides nothing: many steps of a doubly stochastic matrix conserve the mean.
     W_NN, block = mixing_matrices(len(X_NP))["ring"], rows()
     for _ in range(3):
@@ -106,6 +108,26 @@ def check_mixing(exchange: Exchange, rows: MakeRows, X_NP: np.ndarray, row_bytes
 
     with pytest.raises(ValueError, match=f"mixing matrix of shape .* for {len(X_NP)} clients"):
         exchange.mix_(rows(), np.eye(len(X_NP) + 1))
+
+
+def check_rounded_messages(exchange: Exchange, rows: MakeRows, X_NP: np.ndarray, assert_near: AssertNear) -> None:
+    """With a ``message_dtype`` others see rounded rows, on whichever rank they are; the own row stays exact."""
+    mine = slice(exchange.clients.start, exchange.clients.stop)
+    rounded = torch.from_numpy(X_NP).bfloat16().double().numpy()
+    number_bytes = min(rows().element_size(), 2)
+    exchange.message_dtype = torch.bfloat16
+    for name, W_NN in mixing_matrices(len(X_NP)).items():
+        exchange.reset_counts()
+        block, own = rows(), np.diag(np.diag(W_NN))
+        exchange.mix_(block, W_NN)
+        assert_near(block, (own @ X_NP + (W_NN - own) @ rounded)[mine])
+        receivers = (W_NN != 0).sum(axis=0) - 1
+        message_bytes = X_NP.shape[1] * number_bytes
+        np.testing.assert_array_equal(exchange.sent_bytes, receivers * message_bytes, err_msg=name)
+        hosts = [exchange.layout.clients_of(host) for host in range(exchange.layout.num_hosts) if host != exchange.host]
+        wanted = sum((W_NN[host.start : host.stop, mine] != 0).any(axis=0).sum() for host in hosts)
+        assert exchange.wire_bytes == wanted * message_bytes, name
+    exchange.message_dtype = None
 
 
 def check_means(

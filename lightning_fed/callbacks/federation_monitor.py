@@ -52,7 +52,8 @@ class FederationMonitor(Callback):
     for ``EarlyStopping``, ``ModelCheckpoint`` and the progress bar:
 
     * ``fed/round``: rounds completed; ``fed/cohort_size``: clients that took part in this one;
-    * ``fed/consensus_distance``: ``sqrt(mean_i ||x_i - x_bar||^2)``, x_bar the mean of all clients' rows;
+    * ``fed/consensus_distance``: ``sqrt(mean_i ||x_i - x_bar||^2)``, x_bar the mean of all clients' rows (of the
+      cohort's alone, where idle clients keep none: see ``Algorithm.keeps_rows``);
     * ``fed/bytes_sent``: by clients and server since the federation began, as the algorithm counts it;
     * ``fed/update_norm``: how far the consensus model has moved since the last logged round, in the 2-norm;
     * with a virtual clock, ``fed/virtual_seconds``: the time that it shows; ``fed/training_seconds``: local steps of

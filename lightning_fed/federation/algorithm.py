@@ -55,6 +55,16 @@ class Algorithm(ABC):
     one_model: bool = False
     settles_nonfinite: bool = False
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether a client's row outlives its round.
+
+        If not, only the cohort has rows, from before :meth:`start_round` on, which must write all of them, until the
+        next round begins. Methods then get the rows of the cohort's clients on this rank alone, there are no
+        :meth:`client_matrices`, and gossip is not possible.
+        """
+        return True
+
     def setup_algorithm(self, bank: ClientBank, exchange: Exchange) -> None:
         """Make the algorithm's own state, when rows exist; called once a fit, before a checkpoint is restored."""
 

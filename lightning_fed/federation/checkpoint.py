@@ -9,6 +9,7 @@ Files are keyed by client, so a run can resume on another number of ranks.
 from __future__ import annotations
 
 import uuid
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_fed.federation.layout import Layout
+from lightning_fed.federation.rounds import hold_rows
 from lightning_fed.federation.rows import trainable_parameters
 from lightning_fed.federation.virtual_clock import VirtualClock
 
@@ -67,11 +69,12 @@ class FederationCheckpoint:
         if layout.replica_of_rank(strategy.global_rank) == 0:
             clients = strategy.exchange.clients
             content = {
+                "present": list(bank.present),
                 "rows": bank.rows.snapshot(),
                 "buffers": bank.buffers.snapshot(),
-                "counters": bank.counters.snapshot(),
+                "counters": torch.stack([bank.counters_of(client) for client in clients]),
                 "algorithm": {name: matrix.detach().clone() for name, matrix in strategy.client_matrices().items()},
-                "clients": {client: bank.state_of(client) for client in clients},
+                "clients": {client: bank.state_of(client) for client in clients if bank.has_state(client)},
             }
             strategy.checkpoint_io.save_checkpoint(content, directory / block_name(clients.start, clients.stop))
         if strategy.is_global_zero:
@@ -137,13 +140,34 @@ class FederationCheckpoint:
         exchange.server_bytes = self.header["server_bytes"]
         if strategy.clock is not None:
             self._restore_clock(strategy.clock)
-        for client, slot, content in self._clients(strategy):
-            for rows, name in ((bank.rows, "rows"), (bank.buffers, "buffers"), (bank.counters, "counters")):
-                rows.matrix[bank.slot(client)] = content[name][slot].to(rows.matrix)
+        if not strategy.keeps_rows and strategy.joint_index:
+            hold_rows(strategy, strategy.cohort)
+        for client, position, content in self._clients(strategy):
+            bank.set_counters(client, content["counters"][position])
+            if not bank.has_row(client):
+                continue
+            slot, saved = bank.slot(client), self._saved_row(client, content["present"])
+            for rows, name in ((bank.rows, "rows"), (bank.buffers, "buffers")):
+                rows.matrix[slot] = content[name][saved].to(rows.matrix)
             for name, matrix in strategy.client_matrices().items():
-                matrix[bank.slot(client)] = content["algorithm"][name][slot].to(matrix)
+                matrix[slot] = content["algorithm"][name][saved].to(matrix)
         strategy.load_algorithm_state(self._load(strategy, "algorithm.pt"))
         strategy.consensus_is_stale = True
+
+    def _saved_row(self, client: int, present: list[int]) -> int:
+        """Which row of a file is a client's.
+
+        Raises:
+            ValueError: if it has none, because the run that saved it kept no rows of idle clients.
+        """
+        row = bisect_left(present, client)
+        if present[row : row + 1] != [client]:
+            raise ValueError(
+                f"the checkpoint {str(self.path)!r} has no row of client {client}, because it was saved with "
+                "evaluate='consensus' and float_buffers='mix', where idle clients keep none: use the same settings, or "
+                "load only its weights with `load_from_checkpoint`."
+            )
+        return row
 
     def _restore_clock(self, clock: VirtualClock) -> None:
         state = self.header.get("clock")
@@ -155,11 +179,12 @@ class FederationCheckpoint:
     def restore_optimizers(self, strategy: FederatedStrategy) -> None:
         """The clients' optimizer and loss-scaler states, once optimizers exist."""
         for client, _, content in self._clients(strategy):
-            strategy.bank.load_state_of(client, content["clients"][client])
+            if client in content["clients"]:
+                strategy.bank.load_state_of(client, content["clients"][client])
         strategy.bank.detach_optimizers()  # from what Lightning's file has of the client that was bound
 
     def _clients(self, strategy: FederatedStrategy) -> Any:
-        """Yields (client, its row number in the file, the file's content) for each client of this rank."""
+        """Yields (client, its position in the file's block, the file's content) for each client of this rank."""
         mine = strategy.exchange.clients
         for start, stop in self.header["blocks"]:
             overlap = range(max(start, mine.start), min(stop, mine.stop))

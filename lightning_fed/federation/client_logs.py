@@ -7,7 +7,7 @@ the user's. Ranks may have logged different things, or nothing: what is publishe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -80,25 +80,34 @@ class ClientLogs:
         module: the user's module.
         on_step: Lightning's default of ``on_step`` in this hook.
         on_epoch: likewise.
+        per_client: log the epoch values of each client beside the mean, as ``name/client_3``.
     """
 
     module: LightningModule
     on_step: bool
     on_epoch: bool
+    per_client: bool = False
     entries: dict[str, LogEntry] = field(default_factory=dict)
     _step_values: dict[str, tuple[list[Tensor], LogEntry]] = field(default_factory=dict)
     _batch: Any = None
+    _clients: Sequence[int] = ()
     _suffix: str = ""
 
     def __post_init__(self) -> None:
         # Dynamo would trace into the bookkeeping, and compile the user's step anew whenever a sum has changed.
         compiled = getattr(self.module, "_compiler_ctx", None) is not None
-        self._caught = torch.compiler.disable(self._log) if compiled else self._log
+        self._caught = torch.compiler.disable(self.log) if compiled else self.log
         self.ignored = torch.compiler.disable(ignore_log) if compiled else ignore_log
 
-    def capture(self, batch: Any, suffix: str = "") -> ClientLogs:
-        """A context that catches ``self.log`` while a step runs on ``batch``; ``suffix`` is the data loader's."""
-        self._batch, self._suffix = batch, suffix
+    def capture(self, batch: Any, suffix: str = "", clients: Sequence[int] = ()) -> ClientLogs:
+        """A context that catches ``self.log`` while a step runs.
+
+        Args:
+            batch: the step's, of one client.
+            suffix: the data loader's.
+            clients: whose step it is, if that of clients.
+        """
+        self._batch, self._suffix, self._clients = batch, suffix, clients
         return self
 
     def __enter__(self) -> None:
@@ -108,7 +117,7 @@ class ClientLogs:
         del self.module.__dict__["log"]
         self._batch = None
 
-    def _log(
+    def log(
         self,
         name: str,
         value: Any,
@@ -125,6 +134,7 @@ class ClientLogs:
         metric_attribute: str | None = None,
         rank_zero_only: bool = False,
     ) -> None:
+        """What ``self.log`` does meanwhile; ``value`` may be ``[M]`` if the step is that of a wave."""
         on_step = self.on_step if on_step is None else on_step
         on_epoch = self.on_epoch if on_epoch is None else on_epoch
         reduction = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", str(reduce_fx))
@@ -138,14 +148,27 @@ class ClientLogs:
         scalar = value._forward_cache if isinstance(value, Metric) else value
         if on_step and scalar is not None:
             scalar = torch.as_tensor(scalar, device=self.module.device).detach()
-            self._step_values.setdefault(name, ([], entry))[0].append(scalar)
+            scalars = scalar.expand(len(self._clients)).unbind() if len(self._clients) > 1 else [scalar]
+            self._step_values.setdefault(name, ([], entry))[0].extend(scalars)
         if on_epoch:
             entry = self.entries.setdefault(name, entry)
             if isinstance(value, Metric):
                 entry.metric_attribute = metric_attribute or self._attribute_of(value)
             else:
                 weight = 1 if reduction != "mean" else batch_size or extract_batch_size(self._batch)
-                entry.add(torch.as_tensor(value, device=self.module.device).detach().double(), weight)
+                value = torch.as_tensor(value, device=self.module.device).detach().double()
+                if self.per_client:
+                    self._take_apart(name, value, weight, entry)
+                if len(self._clients) > 1:
+                    value = getattr(value.expand(len(self._clients)), reduction)()
+                    weight *= len(self._clients)
+                entry.add(value, weight)
+
+    def _take_apart(self, name: str, value: Tensor, weight: int, entry: LogEntry) -> None:
+        """Keep the clients' values beside their mean."""
+        for client, own in zip(self._clients, value.expand(len(self._clients)) if len(self._clients) > 1 else [value]):
+            beside = LogEntry(entry.reduction, False, entry.logger, False)
+            self.entries.setdefault(f"{name}/client_{client}", beside).add(own, weight)
 
     def _attribute_of(self, metric: Metric) -> str:
         for name, candidate in self.module.named_modules():

@@ -1,11 +1,13 @@
 """The clients of one rank: their rows, buffers, optimizer states, and which of them the module embodies at present.
 
-Shapes: C = clients on this rank, P = trainable parameters, B = float buffer numbers.
+Shapes: C = clients on this rank that have rows at present, P = trainable parameters, B = float buffer numbers, I =
+integers in buffers.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,10 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_fed.compression import Layer
 from lightning_fed.federation.rows import ModuleBuffers, Rows, trainable_parameters
-
-OptimizerState = defaultdict[Any, dict[Any, Any]]
-# In a client's optimizer state: for each parameter group, what the optimizer has added to its hyperparameters.
-ADDED = "added to param_groups"
+from lightning_fed.federation.waves import ADDED, OptimizerState, Waves
 
 
 class ClientBank:
@@ -28,22 +27,40 @@ class ClientBank:
         module: the module that all clients share; its present state is every client's initial state.
         clients: the numbers of the clients on this rank.
         one_model: they are replicas of one model: parameters and optimizer state exist once.
+        keeps_rows: every client has a row all the time. Else none has one before :meth:`hold`.
+        in_host_memory: rows, and what else a client keeps while others train, are in host memory.
 
     Attributes:
         rows: parameters ``[C, P]``.
         buffers: float buffers ``[C, B]`` (BatchNorm statistics).
-        counters: integer buffers ``[C, ...]``, which stay with their client.
+        counters: integer buffers ``[C, I]``, which stay with their client.
+        present: the clients that have rows, sorted: the row numbered ``slot(client)`` of each of the three matrices.
         bound: the client that the module's tensors are views of, or None for the consensus model.
     """
 
-    def __init__(self, module: nn.Module, clients: range, one_model: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        clients: range,
+        one_model: bool = False,
+        keeps_rows: bool = True,
+        in_host_memory: bool = False,
+    ) -> None:
         self.module = module
         self.clients = clients
         self.one_model = one_model
+        self.keeps_rows = keeps_rows
+        self.in_host_memory = in_host_memory
+        self.present: Sequence[int] = clients if keeps_rows else []
+        self._slots: dict[int, int] = {}
         self._float_buffers, self._integer_buffers = ModuleBuffers(module, True), ModuleBuffers(module, False)
-        self.rows = Rows(trainable_parameters(module), len(clients), one_for_all=one_model)
-        self.buffers = Rows(self._float_buffers.tensors, len(clients))
-        self.counters = Rows(self._integer_buffers.tensors, len(clients))
+        num_rows = len(self.present)
+        self.rows = Rows(trainable_parameters(module), num_rows, one_model, in_host_memory)
+        self.buffers = Rows(self._float_buffers.tensors, num_rows, in_host_memory=in_host_memory)
+        self.counters = Rows(self._integer_buffers.tensors, num_rows, in_host_memory=in_host_memory)
+        # Of clients without rows: a few numbers each, of those that have trained.
+        self._idle_counters: dict[int, Tensor] = {}
+        self._initial_counters = self.counters.gather()
         self.consensus = [rows.gather() for rows in self.matrices]
         self.bound: int | None = None
         self.optimizers: list[Optimizer] = []
@@ -54,6 +71,7 @@ class ClientBank:
         self.keep_gradients = False
         self.scaler: torch.amp.GradScaler | None = None
         self._initial_scale = 1.0
+        self.waves = Waves(self)
         self._bindable = [rows for rows in self.matrices if rows.width]
         self.bind_consensus()
 
@@ -91,11 +109,65 @@ class ClientBank:
         self.optimizers, self.scaler, self.keep_gradients = optimizers, scaler, keep_gradients
         self._initial_scale = scaler._init_scale if scaler is not None else 1.0
         self._optimizer_states, self._gradients, self._scalers = {}, {}, {}
+        self.waves.forget()
         self._hyperparameters = [[set(group) for group in optimizer.param_groups] for optimizer in optimizers]
 
     def slot(self, client: int) -> int:
-        """The row number of a client on this rank."""
-        return client - self.clients.start
+        """Which row is a client's at present."""
+        return client - self.clients.start if self.keeps_rows else self._slots[client]
+
+    def has_row(self, client: int) -> bool:
+        """Whether a client of this rank has a row at present."""
+        return self.keeps_rows or client in self._slots
+
+    def hold(self, clients: Sequence[int]) -> None:
+        """Give rows to these clients of this rank alone, if not all keep theirs.
+
+        What the rows of parameters and float buffers hold is undefined. The clients that lose theirs keep their integer
+        buffers, optimizer states and loss scales.
+
+        Args:
+            clients: sorted.
+        """
+        self.bind_nothing()
+        if self.keeps_rows:
+            return
+        if self.counters.width:
+            self._idle_counters.update((client, self.counters_of(client).clone()) for client in self.present)
+        self.present, self._slots = clients, {client: slot for slot, client in enumerate(clients)}
+        self._gradients = {client: kept for client, kept in self._gradients.items() if client in self._slots}
+        for rows in self.matrices:
+            rows.resize(len(clients))
+        for client, row in zip(clients if self.counters.width else (), self.counters.matrix):
+            row.copy_(self._idle_counters.pop(client, self._initial_counters))
+
+    def set_counters(self, client: int, values: Tensor) -> None:
+        """Give a client its integer buffers ``[I]``, whether it has a row or not."""
+        if self.has_row(client):
+            self.counters.matrix[self.slot(client)] = values.to(self.counters.matrix)
+        elif len(values):
+            self._idle_counters[client] = values.clone()
+
+    def counters_of(self, client: int) -> Tensor:
+        """A client's integer buffers ``[I]``, whether it has a row or not."""
+        if self.has_row(client):
+            return self.counters.matrix[self.slot(client)]
+        return self._idle_counters.get(client, self._initial_counters)
+
+    def working_rows(self, clients: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """What clients train on together: ``[M, P]`` parameters, ``[M, B]`` float buffers, ``[M, I]`` integer buffers.
+
+        They are on the device of the module: views of the matrices where these are there too and the clients are
+        neighbours in them, else copies. :meth:`store_rows`, binding a client or taking other rows ends their use.
+        """
+        self.put_away()
+        slots = [self.slot(client) for client in clients]
+        return self.rows.take(slots), self.buffers.take(slots), self.counters.take(slots)
+
+    def store_rows(self) -> None:
+        """Write back the rows that were taken, where they are copies."""
+        for rows in self.matrices:
+            rows.give_back()
 
     def _stepper(self, client: int) -> int:
         """Whose optimizer state and loss scale are a client's: its own, or those of the one model."""
@@ -105,35 +177,43 @@ class ClientBank:
         """Make the module, the optimizers and the loss scaler those of one client; nothing is copied."""
         if client == self.bound:
             return
-        self._leave()
+        self.put_away()
         slot = self.slot(client)
         with self._outside_inference_mode():
             for rows in self._bindable:
                 rows.bind_row(slot)
         self.bound = client
-        for optimizer, state in zip(self.optimizers, self.optimizer_states(client)):
+        states = self.optimizer_states(client)
+        self.move_aside(states, self.rows.bound.device)
+        for optimizer, state in zip(self.optimizers, states):
             optimizer.state = state
-        self._bind_added(client)
+        self.bind_added([state.pop(ADDED, {}) for state in states])
         if self.keep_gradients:
             for parameter, gradient in zip(self.parameters, self._gradients.pop(client, [None] * len(self.parameters))):
-                parameter.grad = gradient
+                parameter.grad = gradient if gradient is None else gradient.to(parameter.device)
         self._bind_scaler(client)
+
+    def show(self, client: int) -> None:
+        """Let the module look like one client. It may be looked at, not trained."""
+        for rows in self._bindable:
+            rows.bind_row(self.slot(client))
 
     def bind_consensus(self) -> None:
         """Make the module the consensus model, as last computed."""
-        self._leave()
+        self.put_away()
         with self._outside_inference_mode():
             for rows, vector in zip(self.matrices, self.consensus):
                 rows.bind(vector)
 
     def bind_nothing(self) -> None:
-        """Put the bound client away, so that its row may be changed by others."""
-        self._leave()
+        """Put the bound client away, and drop the views of all rows."""
+        self.put_away()
         for rows in self.matrices:
             rows.forget_views()
 
     def forget(self, client: int) -> None:
         """Drop what a client keeps beside its row: a restarted client begins with fresh optimizers."""
+        self.waves.dissolve(client)
         for states in (self._optimizer_states, self._gradients, self._scalers):
             states.pop(client, None)
 
@@ -147,17 +227,33 @@ class ClientBank:
         """Views made in inference mode could not be trained later."""
         return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
-    def _leave(self) -> None:
-        """Put away what the bound client keeps outside the matrices."""
+    def put_away(self) -> None:
+        """Bind nobody, and keep what the bound client has outside the matrices: its row may be changed by others."""
         self.absorb_buffers()
+        self.store_rows()
         client, self.bound = self.bound, None
         if client is None:
             return
         if self.keep_gradients:
-            self._gradients[client] = [parameter.grad for parameter in self.parameters]
+            self._gradients[client] = [self._aside(parameter.grad) for parameter in self.parameters]
             self.clear_gradients()
         self._save_scaler(client)
         self._save_added(client)
+        if self.in_host_memory:
+            self.move_aside(self.optimizer_states(client), torch.device("cpu"))
+
+    def _aside(self, gradient: Tensor | None) -> Tensor | None:
+        return gradient.cpu() if gradient is not None and self.in_host_memory else gradient
+
+    def move_aside(self, states: list[OptimizerState], device: torch.device) -> None:
+        """Let optimizer states be where their client's row is; counts of steps stay where the optimizer has them."""
+        if not self.in_host_memory or self.rows.bound.device.type == "cpu":
+            return
+        for state in states:
+            for of_parameter in state.values():
+                for name, value in of_parameter.items():
+                    if isinstance(value, Tensor) and value.dim():
+                        of_parameter[name] = value.to(device)
 
     def absorb_buffers(self) -> None:
         """Take over buffers that the module has replaced by new tensors."""
@@ -180,22 +276,49 @@ class ClientBank:
 
     def optimizer_states(self, client: int) -> list[OptimizerState]:
         """The ``state`` dictionaries of one client, one an optimizer; empty at first."""
+        self.waves.dissolve(client)
         client = self._stepper(client)
         if client not in self._optimizer_states:
             self._optimizer_states[client] = [defaultdict(dict) for _ in self.optimizers]
         return self._optimizer_states[client]
 
+    def take_optimizer_states(self, client: int) -> list[OptimizerState]:
+        """Hand over a client's optimizer states."""
+        states = self.optimizer_states(client)
+        del self._optimizer_states[client]
+        return states
+
+    def take_gradients(self, client: int) -> list[Tensor | None] | None:
+        """Hand over the gradients that a client is accumulating, if it is."""
+        self.waves.dissolve(client)
+        return self._gradients.pop(client, None)
+
+    def put_back(self, client: int, states: list[OptimizerState], gradients: list[Tensor | None] | None) -> None:
+        """Inverse of :meth:`take_optimizer_states`, if there are any, and of :meth:`take_gradients`."""
+        if states:
+            self._optimizer_states[client] = states
+        if gradients is not None:
+            self._gradients[client] = gradients
+
+    def has_optimizer_state(self, client: int) -> bool:
+        """Whether a client's optimizers have stepped since they were last reset."""
+        return any(self.optimizer_states(client))
+
+    def bind_added(self, added: list[dict[Any, dict[str, Any]]]) -> None:
+        """Inverse of :meth:`take_added`."""
+        for optimizer, groups in zip(self.optimizers, added):
+            for index, entries in groups.items():
+                optimizer.param_groups[index].update(entries)
+
     def _bind_added(self, client: int) -> None:
-        for optimizer, state in zip(self.optimizers, self.optimizer_states(client)):
-            for index, added in state.pop(ADDED, {}).items():
-                optimizer.param_groups[index].update(added)
+        self.bind_added([state.pop(ADDED, {}) for state in self.optimizer_states(client)])
 
     def _save_added(self, client: int) -> None:
-        for added, state in zip(self._take_added(), self.optimizer_states(client)):
+        for added, state in zip(self.take_added(), self.optimizer_states(client)):
             if added:
                 state[ADDED] = added
 
-    def _take_added(self) -> list[dict[Any, dict[str, Any]]]:
+    def take_added(self) -> list[dict[Any, dict[str, Any]]]:
         """Of each optimizer, what it has added to each of its parameter groups; they are afterwards without it."""
         return [
             {
@@ -209,11 +332,12 @@ class ClientBank:
     def reset_optimizers(self) -> None:
         """Forget every client's optimizer state, as most federated algorithms do between rounds."""
         self._optimizer_states.clear()
+        self.waves.forget()
         self.detach_optimizers()
 
     def detach_optimizers(self) -> None:
         """Leave no client's state in the optimizers."""
-        self._take_added()
+        self.take_added()
         for optimizer in self.optimizers:
             optimizer.state = defaultdict(dict)
 
@@ -236,6 +360,12 @@ class ClientBank:
         return all(
             torch.equal(rows.gather().to(vector.device), vector) for rows, vector in zip(self.matrices, self.consensus)
         )
+
+    def has_state(self, client: int) -> bool:
+        """Whether a client keeps anything between steps beside its rows."""
+        self.waves.dissolve(client)
+        stepper = self._stepper(client)
+        return client == self.bound or stepper in self._scalers or any(self._optimizer_states.get(stepper, ()))
 
     def state_of(self, client: int) -> dict[str, Any]:
         """What one client keeps between steps, as tensors and plain values."""

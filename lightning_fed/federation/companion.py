@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -50,15 +51,15 @@ class Companion(Callback):
         def of_each_client(batch: Any, dataloader_idx: int = 0) -> Any:
             if not isinstance(batch, JointBatch):
                 return before_transfer(pl_module, batch, dataloader_idx)
-            for part in batch.parts if has_hook else ():
-                part.batch = before_transfer(pl_module, part.batch, dataloader_idx)
+            if has_hook:
+                batch.replace(lambda minibatch: before_transfer(pl_module, minibatch, dataloader_idx), one_by_one=True)
             return batch
 
         pl_module.__dict__["_on_before_batch_transfer"] = of_each_client
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pl_module.__dict__.pop("_on_before_batch_transfer", None)
-        for replaced in ("_broadcast_sigterm_tensor", "_should_check_val_fx"):
+        for replaced in ("_broadcast_sigterm_tensor", "_should_check_val_fx", "_build_kwargs"):
             trainer.fit_loop.epoch_loop.__dict__.pop(replaced, None)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
@@ -96,6 +97,15 @@ class Companion(Callback):
                 "combine the data sets, or call one loader inside a collate function."
             )
 
+        # Lightning would look at the signature of `training_step` again for every batch.
+        trainer.fit_loop.epoch_loop._build_kwargs = self._arguments_of_step  # type: ignore[method-assign]
+
+    def _arguments_of_step(self, kwargs: OrderedDict[str, Any], batch: Any, batch_idx: int) -> OrderedDict[str, Any]:
+        kwargs["batch"] = batch
+        if self.strategy.local_step.takes_batch_idx:
+            kwargs["batch_idx"] = batch_idx
+        return kwargs
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         in_rows = {id(parameter) for parameter in self.strategy.bank.parameters}
         thawed = [
@@ -116,6 +126,8 @@ class Companion(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.strategy.local_step.joint, self.strategy.local_step.batch_idx = batch, batch_idx
+        if self.strategy.local_step.shows_batches:
+            batch.replace(lambda minibatch: minibatch, one_by_one=True)
         if batch.index == 0:
             start_round(self.strategy)
 

@@ -126,8 +126,8 @@ class ElasticExchange(Exchange):
     def _mix(self, rows_CP: Tensor, plan: MixingPlan) -> None:
         for start in range(0, rows_CP.shape[1], COLUMNS_PER_BLOCK):
             block = rows_CP[:, start : start + COLUMNS_PER_BLOCK]
-            rows = [row[start : start + COLUMNS_PER_BLOCK].unsqueeze(0).to(block.device) for row in self._remote]
-            block.copy_(plan.weights @ torch.cat([*rows[: plan.before], block, *rows[plan.before :]]))
+            rows = [row[start : start + COLUMNS_PER_BLOCK].to(block) for row in self._remote]
+            block.copy_(self._mixed(block, torch.stack(rows) if rows else block[:0], plan))
 
     def _swap(self, rows_CP: Tensor, plan: MixingPlan) -> dict[int, Received]:
         """Send rows to the ranks that need them; returns what has come from those that have got this rank's, too."""
@@ -165,7 +165,7 @@ class ElasticExchange(Exchange):
     def _send_rows(self, peer: int, step: Step, rows_CP: Tensor, plan: MixingPlan) -> None:
         slots = plan.send.get(peer)
         clients = [] if slots is None else [self.clients.start + slot for slot in slots.tolist()]
-        tensors = [] if slots is None else [rows_CP[slots]]
+        tensors = [] if slots is None else [rows_CP[slots].to(self._sent_as(rows_CP))]
         header = {"kind": "rows", "step": step, "clients": clients, "excluded": sorted(self._excluded)}
         self._send(peer, header, tensors)
 
@@ -214,8 +214,7 @@ class ElasticExchange(Exchange):
     @torch.no_grad()
     def mean(self, rows_CP: Tensor, weights_N: np.ndarray | None = None) -> Tensor:
         """The weighted mean for evaluation: on the leader of all that answer in time, elsewhere of the own clients."""
-        if weights_N is None:
-            weights_N = np.full(self.layout.num_clients, 1 / self.layout.num_clients)
+        weights_N = self._mean_weights(weights_N)
         mine = self._own(weights_N)
         total, weight = self._weighted_sum(rows_CP, mine, rows_CP.dtype), float(mine.sum())
         if np.count_nonzero(weights_N) > np.count_nonzero(mine):

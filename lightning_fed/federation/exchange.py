@@ -1,7 +1,7 @@
 """How clients' rows meet: the one part of the engine that knows about ranks and wires.
 
-Shapes: N = clients of the federation, C = clients on this rank, H = remote clients whose rows this rank needs,
-P = numbers in a row.
+Shapes: N = clients of the federation, K = those of them that have rows at present, C = those of K on this rank,
+H = remote clients whose rows this rank needs, P = numbers in a row.
 
 An algorithm sees rows, weights and an :class:`Exchange`; it never calls ``torch.distributed``. Bytes are counted per
 *client* (what the algorithm sends, whichever ranks host sender and receiver), so the counts equal the algorithm's
@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ class MixingPlan:
             every layout. The sparse kernel (on CPU: up to 32 clients, or few neighbours) adds up in that order, so
             there the result is the same to the bit on any number of ranks; a dense product chooses its own order.
         send: for each peer host, the local row numbers that it needs.
+        own: float ``[C, 1]``, the weight of each client's own row.
         receive: for each peer host, in order, how many rows come from it (in client order).
         before: how many of the received rows come from lower hosts.
         columns: int64, whose rows the columns of ``weights`` are: clients of other hosts that are needed, and all of
@@ -69,6 +71,7 @@ class MixingPlan:
     """
 
     weights: Tensor
+    own: Tensor
     send: dict[int, Tensor]
     receive: dict[int, int]
     before: int
@@ -108,8 +111,9 @@ def plan_mixing(weights_NN: np.ndarray, layout: Layout, host: int, matrix: Tenso
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             local = local.to_sparse_csr()
+    own = torch.from_numpy(np.diag(weights_NN)[mine.start : mine.stop]).to(matrix).unsqueeze(1)
     sent_rows = support.sum(axis=0) - np.diag(support)
-    return MixingPlan(local, send, receive, before, columns, sent_rows.astype(np.int64), bool(support.all()))
+    return MixingPlan(local, own, send, receive, before, columns, sent_rows.astype(np.int64), bool(support.all()))
 
 
 @contextmanager
@@ -136,11 +140,14 @@ class Exchange(ABC):
         host: the host of this rank.
 
     Attributes:
+        holders: int64 ``[K]``, the clients that have rows, sorted; by default all.
+        present: int64 ``[C]``, those of them on this rank: whose rows ``rows_CP`` are, in this order.
         sent_bytes: int64 ``[N]``, bytes that each client has sent, the same array on every rank.
         server_bytes: bytes that the (virtual) server has sent.
         wire_bytes: bytes that really left this rank for mixing.
+        message_dtype: what rows are rounded to on their way to other clients in :meth:`mix_`, on this rank or another;
+            None to send them as they are.
         clock: what the communication takes; None if no time is counted.
-        everyone: a constant matrix ``[N, N]``: each client with each.
         riders: rows that travel in the messages of other rows (float buffers beside parameters), so that the clock
             sees one message.
     """
@@ -149,13 +156,25 @@ class Exchange(ABC):
         self.layout = layout
         self.host = host
         self.clients = layout.clients_of(host)
+        self.hold(np.arange(layout.num_clients))
         self.sent_bytes = np.zeros(layout.num_clients, dtype=np.int64)
         self.server_bytes = 0
         self.wire_bytes = 0
+        self.message_dtype: torch.dtype | None = None
         self.clock: VirtualClock | None = None
         self.riders: Rows | None = None
-        self.everyone = np.ones((layout.num_clients, layout.num_clients), dtype=bool)
         self._plans: OrderedDict[tuple[Any, ...], tuple[np.ndarray, MixingPlan]] = OrderedDict()
+
+    def hold(self, holders: np.ndarray) -> None:
+        """From now on rows are those of these clients (sorted), here and on all other ranks."""
+        first, stop = np.searchsorted(holders, (self.clients.start, self.clients.stop))
+        self.holders = holders
+        self.present = holders[first:stop]
+
+    @cached_property
+    def everyone(self) -> np.ndarray:
+        """A constant matrix ``[N, N]``: each client with each."""
+        return np.ones((self.layout.num_clients, self.layout.num_clients), dtype=bool)
 
     def reset_counts(self) -> None:
         """Begin to count bytes anew."""
@@ -175,7 +194,14 @@ class Exchange(ABC):
     def _message_bytes(self, rows_CP: Tensor) -> int:
         """Bytes of one message with what rides along; 0 for the riders, which are in a message already."""
         riders = self.riders.matrix if self.riders is not None else rows_CP[:, :0]
-        return 0 if rows_CP is riders else sum(rows.shape[1] * rows.element_size() for rows in (rows_CP, riders))
+        return (
+            0 if rows_CP is riders else sum(rows.shape[1] * self._sent_as(rows).itemsize for rows in (rows_CP, riders))
+        )
+
+    def _sent_as(self, rows_CP: Tensor) -> torch.dtype:
+        """What rows are on their way."""
+        shorter = self.message_dtype is not None and self.message_dtype.itemsize < rows_CP.element_size()
+        return self.message_dtype if shorter and self.message_dtype is not None else rows_CP.dtype
 
     @property
     def total_bytes(self) -> int:
@@ -196,20 +222,25 @@ class Exchange(ABC):
         plan = self._plan(weights_NN, rows_CP)
         with full_precision_matmul(rows_CP.device):
             self._mix(rows_CP, plan)
-        self.sent_bytes += plan.sent_rows * rows_CP.shape[1] * rows_CP.element_size()
+        self.sent_bytes += plan.sent_rows * rows_CP.shape[1] * self._sent_as(rows_CP).itemsize
         if self.clock is not None and (message_bytes := self._message_bytes(rows_CP)):
             self.clock.mixed(weights_NN != 0, message_bytes)
 
     @torch.no_grad()
     def mean(self, rows_CP: Tensor, weights_N: np.ndarray | None = None) -> Tensor:
-        """The weighted mean of all clients' rows, ``[P]``, the same on every rank.
+        """The weighted mean of all clients' rows, ``[P]``, the same on every rank; by default of those that have rows.
 
         Not counted as communication of the algorithm: use it to evaluate. Clients of weight zero are left out
         altogether, whatever their rows hold.
         """
-        if weights_N is None:
-            weights_N = np.full(self.layout.num_clients, 1 / self.layout.num_clients)
-        return self._weighted_sum(rows_CP, weights_N, rows_CP.dtype)
+        return self._weighted_sum(rows_CP, self._mean_weights(weights_N), rows_CP.dtype)
+
+    def _mean_weights(self, weights_N: np.ndarray | None) -> np.ndarray:
+        if weights_N is not None:
+            return weights_N
+        weights_N = np.zeros(self.layout.num_clients)
+        weights_N[self.holders] = 1 / max(len(self.holders), 1)
+        return weights_N
 
     @torch.no_grad()
     def upload_mean(self, rows_CP: Tensor, weights_N: np.ndarray) -> Tensor:
@@ -228,13 +259,13 @@ class Exchange(ABC):
         return self._weighted_sum(rows_CP, weights_N, torch.float64).to(rows_CP.dtype)
 
     def _weighted_sum(self, rows_CP: Tensor, weights_N: np.ndarray, dtype: torch.dtype) -> Tensor:
-        local = weights_N[self.clients.start : self.clients.stop]
+        local = weights_N[self.present]
         chosen = np.flatnonzero(local)
         if len(chosen) == len(local) and dtype == rows_CP.dtype:
             with full_precision_matmul(rows_CP.device):
                 total = torch.mv(rows_CP.t(), torch.from_numpy(local).to(rows_CP))
         else:
-            total = torch.zeros_like(rows_CP[0], dtype=dtype)
+            total = rows_CP.new_zeros(rows_CP.shape[1], dtype=dtype)
             for slot in chosen.tolist():
                 total.add_(rows_CP[slot], alpha=local[slot])
         return self.sum(total)
@@ -245,9 +276,8 @@ class Exchange(ABC):
         self.server_bytes += len(receivers) * rows_CP.shape[1] * rows_CP.element_size()
         if self.clock is not None and (message_bytes := self._message_bytes(rows_CP)):
             self.clock.downloaded(receivers, message_bytes)
-        for client in receivers:
-            if client in self.clients:
-                rows_CP[client - self.clients.start] = vector_P
+        for slot in np.flatnonzero(np.isin(self.present, receivers)).tolist():
+            rows_CP[slot] = vector_P
 
     @abstractmethod
     def share(self, messages_CB: Tensor, support_NN: np.ndarray) -> SharedMessages:
@@ -271,9 +301,12 @@ class Exchange(ABC):
             self.clock.mixed(support, message_bytes + riders)
 
     def gather_rows(self, values_C: np.ndarray) -> np.ndarray:
-        """All clients' numbers ``[N]`` from each rank's own ``[C]``; float64, for decisions and logs."""
+        """All clients' numbers ``[N]`` from each rank's own ``[C]``; float64, for decisions and logs.
+
+        0 for clients without rows.
+        """
         values_N = torch.zeros(self.layout.num_clients, dtype=torch.float64)
-        values_N[self.clients.start : self.clients.stop] = torch.as_tensor(values_C, dtype=torch.float64)
+        values_N[self.present] = torch.as_tensor(values_C, dtype=torch.float64)
         return self.sum(values_N).numpy()
 
     @abstractmethod
@@ -283,6 +316,12 @@ class Exchange(ABC):
     @abstractmethod
     def _mix(self, rows_CP: Tensor, plan: MixingPlan) -> None:
         """Apply a plan to the rows in place, receiving what it needs from other ranks."""
+
+    def _mixed(self, block: Tensor, remote: Tensor, plan: MixingPlan) -> Tensor:
+        """``W X`` of some columns ``[C, columns]``, given those of remote rows ``[H, columns]`` as they were sent."""
+        sent = block.to(self._sent_as(block)).to(block.dtype)
+        mixed = plan.weights @ torch.cat([remote[: plan.before], sent, remote[plan.before :]])
+        return mixed if sent is block else mixed.addcmul_(plan.own, block - sent)  # the own row has not travelled
 
     def _plan(self, weights_NN: np.ndarray, rows_CP: Tensor) -> MixingPlan:
         key = (id(weights_NN), rows_CP.dtype, rows_CP.device)
@@ -304,7 +343,7 @@ class LoopbackExchange(Exchange):
 
     def _mix(self, rows_CP: Tensor, plan: MixingPlan) -> None:
         for block in rows_CP.split(COLUMNS_PER_BLOCK, dim=1):
-            block.copy_(plan.weights @ block.contiguous())
+            block.copy_(self._mixed(block, block[:0], plan))
 
     def share(self, messages_CB: Tensor, support_NN: np.ndarray) -> SharedMessages:
         return SharedMessages(self.clients, lambda: messages_CB)
@@ -328,10 +367,7 @@ class CollectiveExchange(Exchange):
 
     def sum(self, tensor: Tensor) -> Tensor:
         device = tensor.device
-        if self._stages_on_cpu:
-            tensor = tensor.cpu()
-        elif device.type == "cpu":
-            tensor = tensor.cuda()
+        tensor = tensor.to(self._wire(tensor))
         dist.all_reduce(tensor, group=self.group)
         return tensor.to(device)
 
@@ -339,15 +375,15 @@ class CollectiveExchange(Exchange):
         row_bytes = rows_CP.element_size() * max(plan.remote, 1)
         width = min(rows_CP.shape[1], max(REMOTE_BLOCK_BYTES // row_bytes, 1))
         for block in rows_CP.split(max(width, 1), dim=1):
-            received = self._swap(block, plan)()
+            received = self._swap(block, plan, self._sent_as(block))()
             for columns, remote in zip(block.split(COLUMNS_PER_BLOCK, dim=1), received.split(COLUMNS_PER_BLOCK, dim=1)):
-                columns.copy_(plan.weights @ torch.cat([remote[: plan.before], columns, remote[plan.before :]]))
+                columns.copy_(self._mixed(columns, remote.to(columns.dtype), plan))
 
     def share(self, messages_CB: Tensor, support_NN: np.ndarray) -> SharedMessages:
         plan = self._plan(support_NN, messages_CB)
         if plan.reaches_everyone:
             return SharedMessages(range(self.layout.num_clients), self._gather(messages_CB))
-        receive = self._swap(messages_CB, plan)
+        receive = self._swap(messages_CB, plan, messages_CB.dtype)
 
         def in_order() -> Tensor:
             remote = receive()
@@ -371,14 +407,14 @@ class CollectiveExchange(Exchange):
 
         return receive
 
-    def _swap(self, block: Tensor, plan: MixingPlan) -> Callable[[], Tensor]:
+    def _swap(self, block: Tensor, plan: MixingPlan, dtype: torch.dtype) -> Callable[[], Tensor]:
         """Begin to send what the peers need of a block; the result waits, and returns their rows ``[H, columns]``."""
-        received = torch.empty((plan.remote, block.shape[1]), dtype=block.dtype, device=self._wire(block))
+        received = torch.empty((plan.remote, block.shape[1]), dtype=dtype, device=self._wire(block))
         operations = []
         for peer, part in zip(plan.receive, received.split(list(plan.receive.values()))):
             operations.append(dist.P2POp(dist.irecv, part, group=self.group, group_peer=peer))
         for peer, rows in plan.send.items():
-            message = block[rows].to(received.device)
+            message = block[rows].to(received)
             self.wire_bytes += message.numel() * message.element_size()
             operations.append(dist.P2POp(dist.isend, message, group=self.group, group_peer=peer))
         works = dist.batch_isend_irecv(operations) if operations else []
@@ -393,4 +429,6 @@ class CollectiveExchange(Exchange):
 
     def _wire(self, tensor: Tensor) -> torch.device:
         """Where the backend takes tensors from."""
-        return torch.device("cpu") if self._stages_on_cpu else tensor.device
+        if self._stages_on_cpu:
+            return torch.device("cpu")
+        return tensor.device if tensor.is_cuda else torch.device("cuda", torch.cuda.current_device())

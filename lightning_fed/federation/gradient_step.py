@@ -5,7 +5,7 @@ Shapes: C = clients on this rank, P = trainable parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,20 +38,26 @@ class GradientStep:
         self.bank = strategy.bank
         rows = self.bank.rows.matrix
         self.gradients = torch.zeros(rows.shape, dtype=state_dtype(rows), device=rows.device)
-        self._direction = torch.empty_like(rows[0])
+        self._direction = torch.empty_like(self.bank.rows.bound)
 
     @torch.no_grad()
-    def gather(self) -> None:
-        """Take the bound client's gradient, unscaled, into its row."""
-        row = self.gradients[self.bank.slot(self._bound())]
-        for place, parameter in zip(self._views(row), self.bank.parameters):
-            if parameter.grad is None:
-                place.zero_()
-            else:
-                place.copy_(parameter.grad)
+    def gather(self, clients: Sequence[int]) -> None:
+        """Take the gradient of the bound client, or of the bound wave, unscaled, into its row.
+
+        Args:
+            clients: who is bound.
+        """
+        slots = [self.bank.slot(client) for client in clients]
+        start = 0
+        for parameter, shape in zip(self.bank.parameters, self.bank.rows.shapes):
+            stop = start + shape.numel()
+            gradient = parameter.grad
+            flat = torch.zeros(()) if gradient is None else gradient.reshape(len(clients), -1)
+            self.gradients[slots, start:stop] = flat.to(self.gradients)
+            start = stop
         scaler = self.bank.scaler
         if scaler is not None and scaler._scale is not None:
-            row.div_(scaler._scale)
+            self.gradients[slots[0]].div_(scaler._scale.to(self.gradients.device))  # which is a single client's
         self.bank.clear_gradients()
 
     @torch.no_grad()
@@ -62,6 +68,7 @@ class GradientStep:
             loss: what the closure returns.
             lightning: steps the optimizer of the bound client with such a closure, the way Lightning does.
         """
+        self.bank.put_away()  # the algorithm may change rows
         directions = self.strategy.directions(self.gradients, self.strategy.exchange)
         if directions is None:
             restore_buffers(self.strategy)
@@ -86,8 +93,4 @@ class GradientStep:
             parameter.grad = view
 
     def _views(self, vector_P: Tensor) -> tuple[Tensor, ...]:
-        return _unflatten_dense_tensors(vector_P, self.bank.parameters)
-
-    def _bound(self) -> int:
-        assert self.bank.bound is not None
-        return self.bank.bound
+        return _unflatten_dense_tensors(vector_P, self.bank.rows.shapes)

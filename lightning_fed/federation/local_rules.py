@@ -1,7 +1,8 @@
 """What a client does at a local step beyond the optimizer of the user: SAM, a proximal term.
 
-A rule sees one client, one minibatch and the client's own row; it knows nothing of ranks, rounds or the Trainer.
-Shapes: P = numbers in a row.
+A rule sees one client, one minibatch and the client's own row; it knows nothing of ranks, rounds or the Trainer. A rule
+that works on waves also sees M clients at once, whose tensors have one dimension more, the first.
+Shapes: P = numbers in a row, M = clients of a wave.
 """
 
 from __future__ import annotations
@@ -13,38 +14,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_fed.sharpness import ascent, check_ball
+from lightning_fed.sharpness import ascent, beside, check_ball
 
 
 @dataclass
 class LocalGradient:
-    """The gradient of one client's minibatch, just computed.
+    """The gradient of one client's minibatch, just computed; or those of a wave.
 
     Attributes:
-        client: whose it is.
-        row: the client's parameters ``[P]``; the module's parameters are views into it.
+        clients: whose it is.
+        row: the client's parameters ``[P]``, or ``[M, P]`` of a wave; the module's parameters are views into it.
         parameters: the trainable parameters, whose ``.grad`` holds this minibatch's gradient (and no other's).
         recompute: evaluate the same minibatch again at the present ``row`` and put its gradient into ``.grad``. Logs,
             metrics and buffers stay as they are, and the same dropout masks are drawn.
     """
 
-    client: int
+    clients: Sequence[int]
     row: Tensor
     parameters: Sequence[nn.Parameter]
     recompute: Callable[[], None]
 
+    @property
+    def is_of_wave(self) -> bool:
+        return self.row.dim() == 2
+
 
 class LocalRule(ABC):
-    """A change to the local step. Both hooks default to nothing."""
+    """A change to the local step. Both hooks default to nothing.
+
+    Attributes:
+        works_on_waves: both hooks may be given a wave, and treat its clients apart (``clients_per_step``).
+    """
+
+    works_on_waves: bool = False
 
     def after_backward(self, gradient: LocalGradient) -> None:
         """Replace a minibatch's gradient; called once a minibatch, before accumulation. Automatic optimization only."""
 
-    def before_optimizer_step(self, client: int, parameters: Sequence[tuple[nn.Parameter, slice]]) -> None:
+    def before_optimizer_step(self, clients: Sequence[int], parameters: Sequence[tuple[nn.Parameter, slice]]) -> None:
         """Add to the accumulated, unscaled gradients, before clipping; called once an optimizer step.
 
         Args:
-            client: who steps.
+            clients: who steps: one, or a wave.
             parameters: those that the optimizer is going to step, each with its place in the row.
         """
 
@@ -71,6 +82,8 @@ class SharpnessAwareRule(LocalRule):
         ValueError: if ``rho`` is negative, or another setting is out of range.
     """
 
+    works_on_waves = True
+
     def __init__(
         self,
         rho: float = 0.05,
@@ -95,16 +108,28 @@ class SharpnessAwareRule(LocalRule):
         w: list[Tensor] = [parameter for parameter, _ in found]
         by_size = [parameter in self.adaptive for parameter, _ in found]
         # Without a direction nothing moves, as when scaled fp16 gradients overflow: the scaler drops that step anyway.
-        e = ascent(w, [g for _, g in found], self.rho, self.p, by_size, self.eta)
+        e = ascent(w, [g for _, g in found], self.rho, self.p, by_size, self.eta, apart=gradient.is_of_wave)
 
         y = gradient.row.clone()
         torch._foreach_add_(w, e)  # y + e
         gradient.recompute()  # g~ = grad F(y + e)
         gradient.row.copy_(y)
         if self.falls_back and not is_finite(gradient.parameters):
+            self._fall_back(gradient, plain)
+
+    def _fall_back(self, gradient: LocalGradient, plain: Sequence[Tensor | None]) -> None:
+        """Take the plain gradient, of those clients whose other one is not finite."""
+        if not gradient.is_of_wave:
             self.fallbacks += 1
             for parameter, g in zip(gradient.parameters, plain):
                 parameter.grad = g
+            return
+        found = [(parameter, g) for parameter, g in zip(gradient.parameters, plain) if parameter.grad is not None]
+        finite = [torch.isfinite(parameter.grad).flatten(1).all(1) for parameter, _ in found]  # type: ignore[arg-type]
+        bad = ~torch.stack(finite).all(0)
+        self.fallbacks += int(bad.sum())
+        for parameter, g in found:
+            parameter.grad = torch.where(beside(bad, parameter), g, parameter.grad)  # type: ignore[arg-type]
 
 
 def is_finite(parameters: Iterable[nn.Parameter]) -> bool:
@@ -124,6 +149,8 @@ class Proximal(LocalRule):
         ValueError: if ``mu`` is negative.
     """
 
+    works_on_waves = True
+
     def __init__(self, mu: float, anchor: Callable[[], Tensor]) -> None:
         if mu < 0:
             raise ValueError(f"mu={mu} must not be negative: it is the weight of FedProx's proximal term.")
@@ -131,8 +158,10 @@ class Proximal(LocalRule):
         self.anchor = anchor
 
     @torch.no_grad()
-    def before_optimizer_step(self, client: int, parameters: Sequence[tuple[nn.Parameter, slice]]) -> None:
+    def before_optimizer_step(self, clients: Sequence[int], parameters: Sequence[tuple[nn.Parameter, slice]]) -> None:
         anchor = self.anchor()
         for y, place in parameters:
             if y.grad is not None:
-                y.grad.add_(y - anchor[place].view_as(y), alpha=self.mu)  # g + mu (y - x)
+                x = anchor[place]
+                x = x.view(y.shape if x.numel() == y.numel() else y.shape[1:])
+                y.grad.add_(y - x, alpha=self.mu)  # g + mu (y - x)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
@@ -20,17 +18,27 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_fed.federation.client_logs import ClientLogs
-from lightning_fed.federation.companion import Companion
+from lightning_fed.federation.clients_per_step import ClientsPerStep
+from lightning_fed.federation.direct_calls import backpropagate, direct_step
 from lightning_fed.federation.gradient_step import GradientStep
+from lightning_fed.federation.hooks_in_use import (
+    has_transfer_hooks,
+    hooks_of_a_step,
+    precision_context_is_empty,
+    shows_batches,
+)
 from lightning_fed.federation.local_rules import LocalGradient
 from lightning_fed.federation.randomness import Stream, derive_seed, seed_generators
 from lightning_fed.federation.rounds import finish_joint_step
 from lightning_fed.federation.sampler import ClientBatch, JointBatch
+from lightning_fed.federation.vectorization import WAY_OUT, CannotVectorize, check_vectorized
+from lightning_fed.federation.vectorized_step import VectorizedStep
 
 if TYPE_CHECKING:
     from lightning_fed.federation.strategy import FederatedStrategy
 
-Outcome = tuple[Tensor | None, dict[str, Any]]  # a client's loss, and what else its training_step has returned
+# A client's loss, or those of a wave, and what else the training_step has returned.
+Outcome = tuple[Tensor | None, dict[str, Any]]
 
 
 def average_over_replicas(parameters: list[nn.Parameter], weight: float, group: dist.ProcessGroup) -> None:
@@ -57,46 +65,59 @@ class LocalStep:
         self.strategy = strategy
         self.module = module
         self.bank = strategy.bank
-        self.logs = ClientLogs(module, on_step=True, on_epoch=False)
+        self.logs = ClientLogs(module, on_step=True, on_epoch=False, per_client=strategy.log_clients)
         self.joint: JointBatch | None = None
         self.batch_idx = 0
         self._seed, self._replica = strategy.seed, strategy.layout.replica_of_rank(strategy.global_rank)
-        self._device = strategy.root_device
+        self.device = strategy.root_device
         self._part: ClientBatch | None = None
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._step: Callable[..., Any] | None = None
+        self._stepping: Optimizer | None = None
+        self._trainer = module.trainer
+        rule = strategy.local_rule
+        self._backpropagates_plainly = strategy.replicas is None and (
+            rule is None or not rule.needs_automatic_optimization
+        )
         self._metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
-        self._context_is_empty = precision_context_is_empty(strategy.precision_plugin)
-        self._takes_batch_idx = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        self.context_is_empty = precision_context_is_empty(strategy.precision_plugin)
+        self.takes_batch_idx = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self._manual_steps = 1
         self._outcome: Outcome = None, {}
         self._gradient_step = GradientStep(strategy) if strategy.gathers_gradients else None
-        self.is_plain = not self._hooks_in_use()
-        owners = [owner for owner in (module, module.trainer.datamodule) if owner is not None]  # type: ignore[attr-defined]
-        hooks = ("transfer_batch_to_device", "on_after_batch_transfer")
-        self.transfers_plainly = not any(is_overridden(hook, owner) for hook in hooks for owner in owners)
+        self.gathers = self._gradient_step is not None
+        self.hooks_in_use = hooks_of_a_step(module, strategy.precision_plugin)
+        self.is_plain = not self.hooks_in_use and self.bank.scaler is None
+        self.clients_per_step = ClientsPerStep(strategy.clients_per_step, self.device)
+        self._vectorized = None if strategy.clients_per_step == 1 else VectorizedStep(self)
+        if self._vectorized is not None:
+            self._check_vectorized()
+        self.shows_batches = shows_batches(module)
+        self.transfers_plainly = not has_transfer_hooks(module)
 
-    def _hooks_in_use(self) -> bool:
-        """Whether anybody wants to see the inside of a local step.
+    def _check_vectorized(self) -> None:
+        """Find out before the first step whether clients can be trained together.
 
-        If nobody does, Lightning's dispatch of a dozen empty hooks, which costs as much as a small model's step, is
-        left out; the arithmetic is the same.
+        Raises:
+            ValueError: naming what stands against it.
         """
-        trainer, plugin = self.module.trainer, self.strategy.precision_plugin
-        hooks = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
-        in_callbacks = any(
-            getattr(type(callback), hook) is not getattr(Callback, hook)
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            for hook in hooks
-            if not isinstance(callback, Companion)
-        )
-        own = (*hooks, "backward", "optimizer_zero_grad", "configure_gradient_clipping")
-        in_module = any(is_overridden(hook, self.module) for hook in own)
-        in_precision = self.bank.scaler is not None or any(
-            getattr(type(plugin), name) not in (getattr(Precision, name), getattr(MixedPrecision, name))
-            for name in ("optimizer_step", "pre_backward", "backward", "post_backward", "clip_gradients")
-        )
-        return in_callbacks or in_module or in_precision
+        try:
+            check_vectorized(self)
+        except CannotVectorize as error:
+            if self.clients_per_step.is_decided:
+                raise ValueError(f"clients_per_step={self.strategy.clients_per_step}: {error}: {WAY_OUT}") from error
+            self._give_up_waves(error)
+
+    def _give_up_waves(self, error: CannotVectorize) -> None:
+        """Train clients one by one after all, if that was left open.
+
+        Raises:
+            RuntimeError: if it was not.
+        """
+        if self.clients_per_step.is_decided:
+            raise RuntimeError(f"clients_per_step={self.strategy.clients_per_step}: {error}: {WAY_OUT}") from error
+        self.clients_per_step.give_up(str(error))
+        self._vectorized = None
 
     # ------------------------------------------------------------------------------------------------- joint steps
 
@@ -116,21 +137,11 @@ class LocalStep:
             lightning: steps the optimizer with a closure, the way Lightning does.
         """
         assert self.joint is not None
-        outcomes: list[Outcome] = []
-        for part in self.joint.parts:
-            self._enter(part)
-            steps = part.steps_optimizer and self._gradient_step is None
-            if self.is_plain:
-                outcomes.append(self._run_plain(optimizer, step, steps))
-            else:
-                lightning(closure) if steps else closure()
-                if isinstance(closure, Closure) and closure._result is not None:
-                    outcomes.append((closure._result.loss, closure._result.extra))
-            if part.steps_optimizer and self._gradient_step is not None:
-                self.before_optimizer_step(optimizer)
-                self._gradient_step.gather()
-            elif part.steps_optimizer and self.bank.keep_gradients:
-                self.bank.clear_gradients()
+        parts = self.joint.parts
+        number = self.clients_per_step.begin(len(parts))
+        outcomes, left = self._run_waves(number, optimizer, step) if number > 1 else ([], parts)
+        outcomes += self._run_one_by_one(left, optimizer, closure, step, lightning)
+        self.clients_per_step.end(len(parts))
         result = mean_result(outcomes)
         if self._gradient_step is not None and self.joint.is_last_of_round:
             self._part = None
@@ -139,30 +150,79 @@ class LocalStep:
         if isinstance(closure, Closure):
             closure._result = result
 
-    def _run_plain(self, optimizer: Optimizer, step: Callable[..., Any], steps_optimizer: bool) -> Outcome:
-        """What Lightning's closure and precision plugin do, without the hooks that nobody uses."""
-        self._step = self.module.training_step if self._context_is_empty else step
-        if steps_optimizer:
-            optimizer.step(closure=partial(self._plain_closure, optimizer))  # type: ignore[arg-type]
-        else:
-            self._plain_closure(None)
-        return self._outcome
+    def _run_waves(
+        self, clients_per_step: int, optimizer: Optimizer, step: Callable[..., Any]
+    ) -> tuple[list[Outcome], list[ClientBatch]]:
+        """Waves of clients; returns also the minibatches that remain, of clients without company."""
+        assert self.joint is not None and self._vectorized is not None
+        outcomes: list[Outcome] = []
+        parts = self.joint.parts
+        left = set(range(len(parts)))
+        try:
+            for wave in list(self._vectorized.waves(self.joint, clients_per_step)):
+                if len(wave) > 1:
+                    outcomes.append(self._vectorized.run(self.joint, wave, optimizer, self._lean(step)))
+                    left.difference_update(wave)
+        except CannotVectorize as error:
+            self._give_up_waves(error)
+        finally:
+            if self.bank.bound is None and parts:  # the module still looks like a wave
+                self.bank.show(parts[-1].client)
+        return outcomes, [parts[number] for number in sorted(left)]
 
-    def _plain_closure(self, optimizer: Optimizer | None) -> Tensor | None:
-        trainer = self.module.trainer
+    def _run_one_by_one(
+        self,
+        parts: Sequence[ClientBatch],
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        step: Callable[..., Any],
+        lightning: Callable[[Callable[[], Any]], None],
+    ) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        if parts:
+            self.joint.unstack()  # type: ignore[union-attr]
+        take_step = direct_step(optimizer) if self.is_plain else None
+        for part in parts:
+            self._enter(part)
+            steps = part.steps_optimizer and self._gradient_step is None
+            if take_step is not None:
+                # What Lightning's closure and precision plugin do, without the hooks that nobody uses.
+                self._step, self._stepping = self._lean(step), optimizer if steps else None
+                take_step(closure=self._plain_closure) if steps else self._plain_closure()
+                outcomes.append(self._outcome)
+            else:
+                lightning(closure) if steps else closure()
+                if isinstance(closure, Closure) and closure._result is not None:
+                    outcomes.append((closure._result.loss, closure._result.extra))
+            if part.steps_optimizer and self._gradient_step is not None:
+                self.before_optimizer_step(optimizer)
+                self._gradient_step.gather([part.client])
+            elif part.steps_optimizer and self.bank.keep_gradients:
+                self.bank.clear_gradients()
+        return outcomes
+
+    def _lean(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The ``training_step`` without the precision's context, if that does nothing."""
+        return self.module.training_step if self.context_is_empty else step
+
+    def _plain_closure(self) -> Tensor | None:
+        trainer, optimizer = self._trainer, self._stepping
         with torch.enable_grad():
             assert self._step is not None
-            output = self.training_step(self._step, *((self.batch_idx,) if self._takes_batch_idx else ()))
+            output = self.training_step(self._step, *self.step_arguments())
             loss: Tensor | None
             if isinstance(output, Tensor) and trainer.accumulate_grad_batches == 1:
                 loss, extra = output, {}
             else:
                 result = ClosureResult.from_training_step_output(output, trainer.accumulate_grad_batches)
                 loss, extra = result.closure_loss, result.extra
+            if not self.bank.keep_gradients:
+                self.bank.clear_gradients()
             if loss is not None:
-                if not self.bank.keep_gradients:
-                    self.bank.clear_gradients()
-                self.backward(loss.backward)
+                if self._backpropagates_plainly:
+                    backpropagate(loss)
+                else:
+                    self.backward(partial(backpropagate, loss))
         if optimizer is not None:
             self.before_optimizer_step(optimizer)
             if trainer.gradient_clip_val:
@@ -176,6 +236,7 @@ class LocalStep:
         progress = self.module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         before = progress.total.ready, progress.current.ready
         output = None
+        batch.unstack()
         for number, part in enumerate(batch.parts):
             self._enter(part)
             output = self.training_step(step, *args, **kwargs)
@@ -192,10 +253,18 @@ class LocalStep:
         self._part = part
         self._seed_generators(part)
 
-    def _seed_generators(self, part: ClientBatch) -> None:
+    def step_arguments(self) -> tuple[int, ...]:
+        """What the user's ``training_step`` gets beside the minibatch."""
+        return (self.batch_idx,) if self.takes_batch_idx else ()
+
+    def seed_of(self, part: ClientBatch) -> int:
+        """From which a client's random numbers in this local step are drawn."""
         assert self.joint is not None
         key = (self._seed, self.joint.round, part.client, part.index, self._replica)
-        seed_generators(derive_seed(Stream.LOCAL_STEP, *key), self._device)
+        return derive_seed(Stream.LOCAL_STEP, *key)
+
+    def _seed_generators(self, part: ClientBatch) -> None:
+        seed_generators(self.seed_of(part), self.device)
 
     def _finish(self) -> None:
         assert self.joint is not None
@@ -203,7 +272,7 @@ class LocalStep:
         self.strategy.consensus_is_stale = True
         # What callbacks and hooks draw must not depend on which client this rank has trained last.
         ambient = derive_seed(Stream.ROUND, self._seed, self.joint.round, self.joint.index)
-        seed_generators(ambient, self._device)
+        seed_generators(ambient, self.device)
         joint, self.joint = self.joint, None
         finish_joint_step(self.strategy, joint)
 
@@ -221,11 +290,26 @@ class LocalStep:
                 "runs it, once for each client: call optimizer.step(closure=closure) for every batch."
             )
         self._step, self._arguments = step, (args, kwargs)
-        with self.logs.capture(self._part.batch):
+        with self.logs.capture(self._part.batch, clients=(self._part.client,)):
             return step(self._part.batch, *args, **kwargs)
 
     def backward(self, backward: Callable[[], Any]) -> Any:
         """Backpropagate; then average inside the client, and let the local rule replace the minibatch's gradient."""
+        client = self.bank.bound
+        assert client is not None
+        return self.apply_rule(backward, [client], self.bank.rows.bound, self._recompute)
+
+    def apply_rule(
+        self, backward: Callable[[], Any], clients: Sequence[int], row: Tensor, recompute: Callable[[], None]
+    ) -> Any:
+        """Backpropagate, and let the local rule replace the gradient; of one client, or of a wave.
+
+        Args:
+            backward: backpropagates the loss.
+            clients: whose loss it is.
+            row: theirs, ``[P]`` or ``[M, P]``.
+            recompute: see :class:`~lightning_fed.federation.local_rules.LocalGradient`.
+        """
         rule = self.strategy.local_rule
         if rule is None or not rule.needs_automatic_optimization:
             loss = backward()
@@ -236,28 +320,48 @@ class LocalStep:
         self.bank.clear_gradients()
         loss = backward()
         self._average()
-        client = self.bank.bound
-        assert client is not None
-        row = self.bank.rows.matrix[self.bank.slot(client)]
-        rule.after_backward(LocalGradient(client, row, parameters, self._recompute))
+        rule.after_backward(LocalGradient(clients, row, parameters, recompute))
         for parameter, earlier in zip(parameters, accumulated):
             if earlier is not None:
                 parameter.grad = earlier if parameter.grad is None else parameter.grad + earlier
         return loss
 
+    def gradient_of(self, part: ClientBatch, step: Callable[..., Any]) -> list[Tensor | None]:
+        """The gradient of one client's minibatch at its present row, of which nothing else remains."""
+        self._enter(part)
+        self._step, self._arguments = step, (self.step_arguments(), {})
+        accumulated = [parameter.grad for parameter in self.bank.parameters]
+        self._recompute()
+        gradient = [parameter.grad for parameter in self.bank.parameters]
+        for parameter, earlier in zip(self.bank.parameters, accumulated):
+            parameter.grad = earlier
+        self._part = None
+        return gradient
+
+    def gather(self, clients: Sequence[int], is_complete: bool) -> None:
+        """Take a wave's gradients to where they meet, when they are accumulated."""
+        assert self._gradient_step is not None
+        if is_complete:
+            self._gradient_step.gather(clients)
+
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Let the local rule add to the gradients that the optimizer is going to use."""
-        rule, client = self.strategy.local_rule, self.bank.bound
-        if rule is None or self._part is None:  # gradients that have met are nobody's own
+        if self._part is not None:  # gradients that have met are nobody's own
+            assert self.bank.bound is not None
+            self.add_to_gradients(optimizer, [self.bank.bound])
+
+    def add_to_gradients(self, optimizer: Optimizer, clients: Sequence[int]) -> None:
+        """The same for one client, or for a wave."""
+        rule = self.strategy.local_rule
+        if rule is None:
             return
-        assert client is not None
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         places, start = [], 0
-        for parameter in self.bank.parameters:
+        for parameter, shape in zip(self.bank.parameters, self.bank.rows.shapes):
             if id(parameter) in stepped:
-                places.append((parameter, slice(start, start + parameter.numel())))
-            start += parameter.numel()
-        rule.before_optimizer_step(client, places)
+                places.append((parameter, slice(start, start + shape.numel())))
+            start += shape.numel()
+        rule.before_optimizer_step(clients, places)
 
     def _average(self) -> None:
         if self.strategy.replicas is not None:
@@ -283,8 +387,8 @@ class LocalStep:
     def _untraced(self) -> Iterator[None]:
         """Neither ``self.log``, nor metrics, nor buffers notice what runs inside."""
         bank = self.bank
-        assert bank.bound is not None
-        rows = [matrix.matrix[bank.slot(bank.bound)] for matrix in (bank.buffers, bank.counters)]
+        bank.absorb_buffers()
+        rows = [matrix.bound for matrix in (bank.buffers, bank.counters)]
         saved = [row.clone() for row in rows]
         with ExitStack() as stack:
             self.module.__dict__["log"] = self.logs.ignored
@@ -295,14 +399,6 @@ class LocalStep:
         bank.absorb_buffers()
         for row, before in zip(rows, saved):
             row.copy_(before)
-
-
-def precision_context_is_empty(plugin: Precision) -> bool:
-    """Whether ``training_step`` runs as it is under this precision, without autocast or another default dtype."""
-    return (
-        type(plugin).train_step_context is Precision.train_step_context
-        and type(plugin).forward_context is Precision.forward_context
-    )
 
 
 @contextmanager
@@ -323,5 +419,5 @@ def mean_result(outcomes: list[Outcome]) -> ClosureResult:
     result = ClosureResult(closure_loss=None)
     losses = [loss for loss, _ in outcomes if loss is not None]
     if losses:
-        result.loss, result.extra = torch.stack(losses).mean(), outcomes[-1][1]
+        result.loss, result.extra = torch.cat([loss.reshape(-1) for loss in losses]).mean(), outcomes[-1][1]
     return result

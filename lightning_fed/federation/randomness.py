@@ -10,6 +10,7 @@ import hashlib
 import random
 import struct
 from enum import IntEnum
+from functools import cache
 
 import numpy as np
 import torch
@@ -40,8 +41,13 @@ def derive_seed(stream: Stream, *key: int) -> int:
     Returns:
         An integer in ``[0, 2**63)``, the same on every machine and Python version.
     """
-    digest = hashlib.blake2b(struct.pack(f"<{len(key) + 1}q", stream, *key), digest_size=8).digest()
+    digest = hashlib.blake2b(_integers(len(key) + 1).pack(stream, *key), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+@cache
+def _integers(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}q")
 
 
 def permutation(size: int, stream: Stream, *key: int) -> torch.Tensor:

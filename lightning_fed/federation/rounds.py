@@ -21,10 +21,18 @@ def start_round(strategy: FederatedStrategy) -> None:
     bank = strategy.bank
     if strategy.optimizer_state_policy == "reset":
         bank.reset_optimizers()
+    if not strategy.keeps_rows:
+        hold_rows(strategy, strategy.cohort)
     strategy.dropped = np.array([], dtype=np.int64)
     if strategy.gathers_gradients or strategy.settles_nonfinite:
         strategy.buffers_before = bank.buffers.matrix.clone()
     strategy.start_round(bank.rows.matrix, bank.buffers.matrix, strategy.exchange)
+
+
+def hold_rows(strategy: FederatedStrategy, clients: np.ndarray) -> None:
+    """Give rows to these clients (sorted) alone, on all ranks."""
+    strategy.exchange.hold(clients)
+    strategy.bank.hold(strategy.exchange.present.tolist())
 
 
 def finish_joint_step(strategy: FederatedStrategy, joint: JointBatch) -> None:
@@ -81,7 +89,7 @@ def settle_nonfinite(strategy: FederatedStrategy) -> None:
         RuntimeError: naming the clients and the round.
     """
     bank, exchange = strategy.bank, strategy.exchange
-    bad_here = np.zeros(len(bank.clients))
+    bad_here = np.zeros(len(bank.present))
     bad_here[nonfinite_slots(strategy)] = 1
     clients = np.flatnonzero(exchange.gather_rows(bad_here))
     if not len(clients):
@@ -107,7 +115,7 @@ def settle_nonfinite_here(strategy: FederatedStrategy) -> list[int]:
         RuntimeError: naming the clients and the round.
     """
     bank, slots = strategy.bank, nonfinite_slots(strategy)
-    clients = [bank.clients[slot] for slot in slots]
+    clients = [bank.present[slot] for slot in slots]
     if clients and strategy.on_nonfinite == "raise":
         raise nonfinite_error(strategy, clients)
     for slot, client in zip(slots, clients):
@@ -120,8 +128,8 @@ def settle_nonfinite_here(strategy: FederatedStrategy) -> list[int]:
 
 def nonfinite_slots(strategy: FederatedStrategy) -> list[int]:
     """Which rows of this rank's part of the cohort are not finite."""
-    rows = strategy.bank.rows.matrix
-    slots = [strategy.bank.slot(int(client)) for client in strategy.cohort if client in strategy.bank.clients]
+    bank, rows = strategy.bank, strategy.bank.rows.matrix
+    slots = [bank.slot(client) for client in strategy.cohort.tolist() if client in bank.clients]
     if not slots:
         return []
     # A sum is not finite if an entry is not, and costs a tenth of torch.isfinite; a sum may also overflow, so the few

@@ -8,9 +8,9 @@ without talking, and a resumed run continues where it stopped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, groupby, islice
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,13 @@ from torch.utils.data import (
     TensorDataset,
     default_collate,
 )
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from lightning_fed.federation.participation import Participation
 from lightning_fed.federation.randomness import Stream, derive_seed, permutation, seed_generators
 
 
-@dataclass
+@dataclass(slots=True)
 class ClientBatch:
     """One client's minibatch in a joint step.
 
@@ -41,14 +42,15 @@ class ClientBatch:
         index: number of this minibatch in the client's round, from 0.
         steps_optimizer: False while gradients are still being accumulated.
         weight: share of this rank's slice in the client's minibatch (1 unless ``ranks_per_client > 1``).
-        batch: what the user's collate function returned (or, before loading, the sample numbers).
+        batch: what the user's collate function returned (or, before loading, the sample numbers). None while it is
+            only in :attr:`JointBatch.stacked`: see :meth:`JointBatch.unstack`.
     """
 
     client: int
     index: int
     steps_optimizer: bool
     weight: float
-    batch: Any
+    batch: Any = None
 
 
 @dataclass
@@ -60,12 +62,46 @@ class JointBatch:
         index: number of the joint step in its round, from 0.
         is_last_of_round: communication follows.
         parts: the minibatches of this rank's clients; empty if none of them has work left in this round.
+        stacked: the minibatches of all parts at once, if they are equally large and the data set holds tensors: a list
+            of tensors ``[parts, batch, ...]`` (or, before loading, the sample numbers ``[parts, batch]``). Else None.
     """
 
     round: int
     index: int
     is_last_of_round: bool
     parts: list[ClientBatch]
+    stacked: Any = None
+
+    def unstack(self) -> None:
+        """Let every part's ``batch`` be its views of the stacked one, unless it is filled in already."""
+        if self.stacked is None or self.parts[0].batch is not None:
+            return
+        if isinstance(self.stacked, torch.Tensor):
+            batches: Iterable[Any] = self.stacked.unbind()
+        else:
+            batches = map(list, zip(*(tensor.unbind() for tensor in self.stacked)))
+        for part, batch in zip(self.parts, batches):
+            part.batch = batch
+
+    def replace(self, made_of: Callable[[Any], Any], one_by_one: bool) -> None:
+        """Put what a function makes of the minibatches in their place.
+
+        Args:
+            made_of: applied to each part's ``batch`` or, if it may be, to ``stacked``.
+            one_by_one: it must see one client's minibatch at a time.
+        """
+        if self.stacked is not None and not one_by_one:
+            self.stacked = made_of(self.stacked)
+            return
+        self.unstack()
+        self.stacked = None
+        for part in self.parts:
+            part.batch = made_of(part.batch)
+
+    def pin_memory(self) -> JointBatch:
+        """Move to page-locked memory, as a loader with ``pin_memory=True`` asks for."""
+        self.replace(pin_memory, one_by_one=False)
+        return self
 
 
 @dataclass(frozen=True)
@@ -140,6 +176,7 @@ class ClientBatchSampler(Sampler[JointBatch]):
         takes_part: Callable[[int], bool] = lambda round: True,
     ) -> None:
         self.shards = [torch.as_tensor(np.asarray(shard), dtype=torch.int64) for shard in shards]
+        self.sizes = [len(shard) for shard in shards]
         self.clients = clients
         self.work = work
         self.participation = participation
@@ -151,7 +188,7 @@ class ClientBatchSampler(Sampler[JointBatch]):
     def joint_steps(self, round: int) -> int:
         """Minibatches of a round: those of its busiest client anywhere, rounded up to whole optimizer steps."""
         cohort = self.participation.cohort(round, len(self.shards), self.seed)
-        busiest = max(self.work.batches_per_round(len(self.shards[client])) for client in cohort)
+        busiest = max(self.work.batches_per_round(self.sizes[client]) for client in cohort)
         return math.ceil(busiest / self.work.accumulate) * self.work.accumulate
 
     def __iter__(self) -> Iterator[JointBatch]:
@@ -166,7 +203,7 @@ class ClientBatchSampler(Sampler[JointBatch]):
         Raises:
             TypeError: if rounds differ in length, so that there is no such number.
         """
-        counts = {self.work.batches_per_round(len(shard)) for shard in self.shards}
+        counts = {self.work.batches_per_round(size) for size in set(self.sizes)}
         everyone = self.participation.cohort(0, len(self.shards), self.seed).size == len(self.shards)
         if len(counts) > 1 and not everyone:
             raise TypeError("rounds have different numbers of joint steps, because cohorts and shard sizes differ")
@@ -174,43 +211,77 @@ class ClientBatchSampler(Sampler[JointBatch]):
 
     def _round(self, round: int) -> Iterator[JointBatch]:
         cohort = self.participation.cohort(round, len(self.shards), self.seed)
-        mine = [int(client) for client in cohort if client in self.clients] if self.takes_part(round) else []
-        streams = {client: self._minibatches(client, round) for client in mine}
-        steps = self.joint_steps(round)
+        # As Python integers: of others a range looks through all its members.
+        mine = [client for client in cohort.tolist() if client in self.clients] if self.takes_part(round) else []
+        steps, plan = self.joint_steps(round), self.minibatches(mine, round)
         for index in range(steps):
-            parts = [part for stream in streams.values() if (part := next(stream, None)) is not None]
-            yield JointBatch(round, index, index == steps - 1, parts)
+            yield JointBatch(round, index, index == steps - 1, *next(plan, ([], None)))
 
-    def _minibatches(self, client: int, round: int) -> Iterator[ClientBatch]:
-        """One client's minibatches of one round: a stretch of its endless stream of passes over its shard."""
-        work, shard = self.work, self.shards[client]
-        per_round, per_pass = work.batches_per_round(len(shard)), work.batches_per_pass(len(shard))
-        current_pass, order = -1, shard
-        for index in range(per_round):
-            number, position = divmod(round * per_round + index, per_pass)
-            if number != current_pass:
-                current_pass = number
-                order = (
-                    shard[permutation(len(shard), Stream.SHUFFLE, self.seed, client, number)] if work.shuffle else shard
-                )
-            samples = order[position * work.client_batch_size : (position + 1) * work.client_batch_size]
-            steps_optimizer = (index + 1) % work.accumulate == 0 or index == per_round - 1
-            mine, weight = self._slice(samples)
-            yield ClientBatch(client, index, steps_optimizer, weight, mine)
+    def minibatches(
+        self, clients: Sequence[int], round: int
+    ) -> Iterator[tuple[list[ClientBatch], torch.Tensor | None]]:
+        """What clients train on in a round, joint step by joint step, until the last of them is done.
+
+        Yields:
+            ``parts`` and ``stacked`` of a :class:`JointBatch` that is not loaded.
+        """
+        # Neighbours with equally large shards are planned together; most often that is everybody.
+        groups = [list(group) for _, group in groupby(clients, key=self.sizes.__getitem__)]
+        streams = [self._blocks(group, round) for group in groups]
+        for index in count():
+            parts: list[ClientBatch] = []
+            blocks: list[torch.Tensor] = []
+            for group, stream in zip(groups, streams):
+                if (block := next(stream, None)) is not None:
+                    samples, weight, steps_optimizer = block
+                    parts += [ClientBatch(client, index, steps_optimizer, weight) for client in group]
+                    blocks.append(samples)
+            if not parts:
+                return
+            if len({samples.shape[1] for samples in blocks}) == 1:
+                yield parts, blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+                continue
+            for part, row in zip(parts, (row for samples in blocks for row in samples.unbind())):
+                part.batch = row
+            yield parts, None
+
+    def _blocks(self, clients: list[int], round: int) -> Iterator[tuple[torch.Tensor, float, bool]]:
+        """Minibatches ``[clients, batch]`` of clients with equally large shards, with this rank's share of them.
+
+        They are a stretch of each client's endless stream of passes over its shard.
+        """
+        work, samples = self.work, self.sizes[clients[0]]
+        per_round, per_pass = work.batches_per_round(samples), work.batches_per_pass(samples)
+        first, index = round * per_round, 0
+        for number in range(first // per_pass, math.ceil((first + per_round) / per_pass)):
+            begin, end = max(0, first - number * per_pass), min(per_pass, first + per_round - number * per_pass)
+            orders = torch.stack([self._order(client, number) for client in clients])
+            stretch = orders[:, begin * work.client_batch_size : end * work.client_batch_size]
+            for block in stretch.split(work.client_batch_size, dim=1):
+                index += 1
+                yield (*self._slice(block), index % work.accumulate == 0 or index == per_round)
+
+    def _order(self, client: int, number: int) -> torch.Tensor:
+        """The samples of a client in the order of one pass."""
+        shard = self.shards[client]
+        if not self.work.shuffle:
+            return shard
+        return shard.index_select(0, permutation(len(shard), Stream.SHUFFLE, self.seed, client, number))
 
     def _slice(self, samples: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """This replica's part of a minibatch, and its share of the samples."""
+        """This replica's part of minibatches ``[clients, batch]``, and its share of their samples."""
         if self.work.ranks_per_client == 1:
             return samples, 1.0
-        mine = samples.tensor_split(self.work.ranks_per_client)[self.work.replica]
+        mine, size = samples.tensor_split(self.work.ranks_per_client, dim=1)[self.work.replica], samples.shape[1]
         # A replica without a sample computes a gradient all the same, of weight zero: its peers wait for it.
-        return (mine, len(mine) / len(samples)) if len(mine) else (samples[:1], 0.0)
+        return (mine, mine.shape[1] / size) if mine.shape[1] else (samples[:, :1], 0.0)
 
 
 class JointDataset(Dataset[JointBatch]):
     """Loads a planned joint step: the user's samples, collated by the user's function, one minibatch a client.
 
-    Random augmentation is seeded by (seed, round, client, minibatch), in this process or in a worker.
+    The plan becomes the batch: sample numbers give way to samples. Random augmentation is seeded by (seed, round,
+    client, minibatch), in this process or in a worker.
     """
 
     def __init__(self, dataset: Dataset[Any], collate: Callable[[Any], Any], seed: int, replica: int) -> None:
@@ -222,15 +293,19 @@ class JointDataset(Dataset[JointBatch]):
         self.tensors = inner.tensors if type(inner) is TensorDataset and collate is default_collate else None
 
     def __getitem__(self, plan: JointBatch) -> JointBatch:
-        parts = [
-            ClientBatch(part.client, part.index, part.steps_optimizer, part.weight, batch)
-            for part, batch in zip(plan.parts, self._batches(plan))
-        ]
-        return JointBatch(plan.round, plan.index, plan.is_last_of_round, parts)
+        if self.tensors is not None and plan.stacked is not None:
+            # One gather for all clients; its views are what default_collate would give, without its Python loop.
+            numbers, shape = plan.stacked.flatten(), plan.stacked.shape
+            plan.stacked = [tensor.index_select(0, numbers).view(*shape, *tensor.shape[1:]) for tensor in self.tensors]
+            return plan
+        plan.unstack()
+        plan.stacked = None
+        for part, batch in zip(plan.parts, list(self._batches(plan))):
+            part.batch = batch
+        return plan
 
     def _batches(self, plan: JointBatch) -> Iterator[Any]:
         if self.tensors is not None and plan.parts:
-            # One gather for all clients, then views of it: what default_collate would give, without its Python loop.
             numbers, sizes = torch.cat([part.batch for part in plan.parts]), [len(part.batch) for part in plan.parts]
             yield from map(list, zip(*(tensor.index_select(0, numbers).split(sizes) for tensor in self.tensors)))
             return

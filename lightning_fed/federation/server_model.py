@@ -35,6 +35,7 @@ class ServerModel:
 
     def step(self, pseudo_gradient_P: Tensor) -> None:
         """Step along d, the pseudo-gradient ``x - (the clients' models)``."""
+        pseudo_gradient_P = pseudo_gradient_P.to(self.row.device)
         if self._optimizer is None:
             self._parameter.data = (self.row - pseudo_gradient_P).to(self.row.dtype)
             return
@@ -44,7 +45,7 @@ class ServerModel:
 
     def become(self, model_P: Tensor) -> None:
         """Take a model as it is."""
-        self._parameter.data = model_P
+        self._parameter.data = model_P.to(self.row.device)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: tensors and plain values."""

@@ -27,11 +27,13 @@ from lightning_fed.federation.algorithm import Algorithm
 from lightning_fed.federation.checkpoint import FederationCheckpoint
 from lightning_fed.federation.clients import ClientBank
 from lightning_fed.federation.companion import Companion
+from lightning_fed.federation.consensus import consensus_distance, refresh_consensus
 from lightning_fed.federation.evaluation import Evaluation, shard_for_evaluation
 from lightning_fed.federation.local_rules import LocalRule
 from lightning_fed.federation.local_step import LocalStep
 from lightning_fed.federation.participation import FullParticipation, Participation
 from lightning_fed.federation.processes import FederationProcesses
+from lightning_fed.federation.rounds import hold_rows
 from lightning_fed.federation.sampler import (
     ClientBatchSampler,
     JointBatch,
@@ -60,6 +62,11 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         evaluate: what ``validate`` and ``test`` measure: the ``"consensus"`` model, every one of the ``"clients"``'
             own models (logged as mean, minimum and maximum), or ``"both"``.
         ranks_per_client: ranks that train one client together; gradients are averaged inside the client.
+        clients_per_step: clients that train in one vectorised step (docs/vectorized.md); 1 trains them one by one,
+            ``"auto"`` measures some numbers in the first steps and keeps the fastest.
+        log_clients: log what a ``training_step`` logs for an epoch for each client too, as ``name/client_3``.
+        rows_device: keep the clients' rows on the training ``"device"``, or on the ``"cpu"``, from where a client's row
+            is copied to the device while it trains; rows are mixed where they are kept.
         on_nonfinite: ``"raise"`` if a client's row is not finite when it should be mixed, or ``"drop"`` the client from
             the round and restart it from the mean of the rest of the cohort.
         seed: of cohorts, shuffling, dropout and augmentation; by default that of ``seed_everything``, else 0.
@@ -86,6 +93,9 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         float_buffers: Literal["mix", "local"] = "mix",
         evaluate: Literal["consensus", "clients", "both"] = "consensus",
         ranks_per_client: int = 1,
+        clients_per_step: int | Literal["auto"] = 1,
+        log_clients: bool = False,
+        rows_device: Literal["device", "cpu"] = "device",
         on_nonfinite: Literal["raise", "drop"] = "raise",
         seed: int | None = None,
         process_group_backend: str | None = None,
@@ -97,9 +107,11 @@ class FederatedStrategy(Algorithm, FederationProcesses):
     ) -> None:
         check_counts(num_clients=num_clients, local_epochs=local_epochs, local_steps=local_steps)
         check_counts(rounds_per_epoch=None if rounds_per_epoch == "pass" else rounds_per_epoch)
+        check_counts(clients_per_step=None if clients_per_step == "auto" else clients_per_step)
         check_choice("optimizer_state", optimizer_state, "reset", "keep")
         check_choice("float_buffers", float_buffers, "mix", "local")
         check_choice("evaluate", evaluate, "consensus", "clients", "both")
+        check_choice("rows_device", rows_device, "device", "cpu")
         check_choice("on_nonfinite", on_nonfinite, "raise", "drop")
         super().__init__(
             num_clients, ranks_per_client, process_group_backend, timeout, start_method, on_peer_loss, ping_timeout
@@ -112,6 +124,9 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         self.optimizer_state_policy = optimizer_state
         self.float_buffers = float_buffers
         self.evaluate = evaluate
+        self.clients_per_step = clients_per_step
+        self.log_clients = log_clients
+        self.rows_device = rows_device
         self.on_nonfinite = on_nonfinite
         self.clock = clock
         self._seed = seed
@@ -234,7 +249,9 @@ class FederatedStrategy(Algorithm, FederationProcesses):
                     "this Trainer first, pass the `ckpt_path` of a federated run, or set evaluate='consensus'."
                 )
             return
-        self._bank = ClientBank(module, self.exchange.clients, self.one_model)
+        in_host_memory = self.rows_device == "cpu"
+        self._bank = ClientBank(module, self.exchange.clients, self.one_model, self.keeps_rows, in_host_memory)
+        hold_rows(self, np.arange(self.num_clients if self.keeps_rows else 0))
         self._bank_of = (module, trainer)
         self.round, self.joint_index = 0, 0
         self.exchange.reset_counts()
@@ -304,17 +321,14 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         return self.round, self.joint_index
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        transfer = super().batch_to_device
-        if not isinstance(batch, JointBatch):
+        transfer, local_step = super().batch_to_device, self._local_step
+        if not isinstance(batch, JointBatch) or local_step is None:
             return transfer(batch, device, dataloader_idx)
-        if self.local_step.transfers_plainly:
-            if self.root_device.type == "cpu":
-                return batch
-            moved = move_data_to_device([part.batch for part in batch.parts], device or self.root_device)
-        else:
-            moved = [transfer(part.batch, device, dataloader_idx) for part in batch.parts]
-        for part, minibatch in zip(batch.parts, moved):
-            part.batch = minibatch
+        device = device or local_step.device
+        if not local_step.transfers_plainly:
+            batch.replace(lambda minibatch: transfer(minibatch, device, dataloader_idx), one_by_one=True)
+        elif local_step.device.type != "cpu":
+            batch.replace(lambda data: move_data_to_device(data, device), one_by_one=False)
         return batch
 
     # -------------------------------------------------------------------------------------------------- local steps
@@ -346,32 +360,15 @@ class FederatedStrategy(Algorithm, FederationProcesses):
 
     def refresh_consensus(self) -> None:
         """Make the module the consensus model of the rows as they are now; a collective call."""
-        bank, exchange = self.bank, self.exchange
-        if self.consensus_is_stale:
-            with torch.inference_mode(False), torch.no_grad():
-                first_client = np.eye(1, self.num_clients, exchange.clients.start if self.is_elastic else 0)[0]
-                bank.consensus = [
-                    self.consensus(bank.rows.matrix, exchange),
-                    self.consensus_buffers(bank.buffers.matrix, exchange),
-                    exchange.mean(bank.counters.matrix.double(), first_client).long(),
-                ]
-            self.consensus_is_stale = False
-        bank.bind_consensus()
+        refresh_consensus(self)
 
     def consensus_distance(self) -> float:
         """``sqrt(mean_i ||x_i - x_bar||^2)`` over all clients' parameters, x_bar their mean; a collective call.
 
-        In an elastic federation: over this rank's clients, around the consensus model that this rank has.
+        Of clients that keep no rows: over the last cohort, as it was when its round ended. In an elastic federation:
+        over this rank's clients, around the consensus model that this rank has.
         """
-        with torch.inference_mode(False), torch.no_grad():
-            rows = self.bank.rows.matrix
-            if self.one_model:  # replicas; a few bytes tell whether they are equal indeed
-                sums = np.full(len(rows), float(rows[0].double().sum()))
-                if np.ptp(self.exchange.gather_rows(sums)) == 0:
-                    return 0.0
-            mean = self.bank.consensus[0] if self.is_elastic else self.exchange.mean(rows)
-            squares = (rows - mean).square().sum(dim=1).double().cpu().numpy()
-        return float(np.sqrt((squares if self.is_elastic else self.exchange.gather_rows(squares)).mean()))
+        return consensus_distance(self)
 
     def on_train_end(self) -> None:
         self.refresh_consensus()  # a fit may end in the middle of a round

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain, repeat
 from typing import Any
 
-from lightning_fed.federation.sampler import ClientBatch, ClientBatchSampler, JointBatch
+from lightning_fed.federation.sampler import ClientBatchSampler, JointBatch
 
 
 class TaskSampler(ClientBatchSampler):
@@ -29,16 +30,10 @@ class TaskSampler(ClientBatchSampler):
     def __iter__(self) -> Iterator[JointBatch]:
         round, index = self.next_position()[0], 0
         while (clients := self.take(round)) is not None:
-            for parts in self._joint_steps(clients, round):
-                yield JointBatch(round, index, False, parts)
+            for step in chain(self.minibatches(clients, round), repeat(([], None), self.lookahead)):
+                yield JointBatch(round, index, False, *step)
                 index += 1
         yield JointBatch(round, index, True, [])
 
     def __len__(self) -> int:
         raise TypeError("how many joint steps a round has is not known beforehand")
-
-    def _joint_steps(self, clients: list[int], round: int) -> Iterator[list[ClientBatch]]:
-        streams = [self._minibatches(client, round) for client in clients]
-        while parts := [part for stream in streams if (part := next(stream, None)) is not None]:
-            yield parts
-        yield from ([] for _ in range(self.lookahead))

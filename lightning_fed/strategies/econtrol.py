@@ -148,7 +148,8 @@ class EControlStrategy(FederatedStrategy):
 
     def mix(self, rows: Tensor, exchange: Exchange) -> None:
         if self._server is not None:
-            h = self._estimate(self._server.row - rows.to(self._mean.mean.dtype), exchange)  # of g_i = x - y_i
+            x = self._server.row.to(rows.device)
+            h = self._estimate(x - rows.to(self._mean.mean.dtype), exchange)  # of g_i = x - y_i
             if h is None:
                 restore_buffers(self)
                 for slot in nonfinite_slots(self):

@@ -58,6 +58,11 @@ class FedAvgStrategy(FederatedStrategy):
         self.weighting = weighting
         self.server_optimizer = server_optimizer
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Idle clients have nothing of their own, unless somebody is going to look at it; it costs P numbers each."""
+        return self.evaluate != "consensus" or self.float_buffers == "local" or self.is_elastic
+
     def setup_distributed(self) -> None:
         if self.is_elastic and self.server_optimizer is not None:
             raise ValueError(
@@ -82,7 +87,7 @@ class FedAvgStrategy(FederatedStrategy):
     def mix(self, rows: Tensor, exchange: Exchange) -> None:
         average = exchange.upload_mean(rows, self.aggregation_weights())  # sum_k p_k x_k
         if self._server.has_optimizer:
-            self._server.step(self._server.row - average)  # along -Delta
+            self._server.step(self._server.row - average.to(self._server.row))  # along -Delta
         else:
             self._server.become(average)  # x <- sum_k p_k x_k
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,15 @@ def sampler_of(
     return ClientBatchSampler(SHARDS, clients, work, rule, seed, rounds_per_epoch, lambda: position)
 
 
+def unstacked(steps: Iterable[JointBatch]) -> list[JointBatch]:
+    steps = list(steps)
+    for step in steps:
+        step.unstack()
+    return steps
+
+
 def joint_steps(work: LocalWork, round: int = 0, **settings: Any) -> list[JointBatch]:
-    return list(sampler_of(work, position=(round, 0), **settings))
+    return unstacked(sampler_of(work, position=(round, 0), **settings))
 
 
 def plan(work: LocalWork, round: int = 0, **settings: Any) -> Plan:
@@ -116,6 +124,13 @@ def test_local_steps_run_on_through_the_shard_from_round_to_round(shuffle: bool)
     assert samples[:24] != samples[24:] or not shuffle
 
 
+def test_a_client_has_its_local_steps_and_no_more() -> None:
+    """Who plans single clients goes on until they are done."""
+    for round in range(4):
+        planned = list(sampler_of(LocalWork(4, local_steps=2)).minibatches([1, 2], round))
+        assert [[part.client for part in parts] for parts, _ in planned] == [[1, 2], [1, 2]]
+
+
 def test_local_steps_may_be_more_than_a_pass() -> None:
     assert [len(batch) for batch in plan(LocalWork(4, local_steps=5, shuffle=False))[0]] == [4, 1, 4, 1, 4]
 
@@ -174,8 +189,8 @@ def test_the_slices_of_the_replicas_add_up_to_the_clients_minibatch(ranks_per_cl
 
 def test_an_interrupted_round_is_continued_where_it_stopped() -> None:
     work = LocalWork(4)
-    whole = list(sampler_of(work, rounds_per_epoch=2))
-    rest = list(sampler_of(work, rounds_per_epoch=2, position=(0, 2)))
+    whole = unstacked(sampler_of(work, rounds_per_epoch=2))
+    rest = unstacked(sampler_of(work, rounds_per_epoch=2, position=(0, 2)))
     assert [(step.round, step.index) for step in whole] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert [(step.round, step.index) for step in rest] == [(step.round, step.index) for step in whole[2:]]
     for a, b in zip(rest, whole[2:]):
@@ -279,7 +294,7 @@ class Noisy(Dataset[torch.Tensor]):
 def loaded(dataset: Any, clients: range = range(4), round: int = 0, **loader: Any) -> dict[int, list[Any]]:
     sampler = sampler_of(LocalWork(4), clients, position=(round, 0))
     batches: dict[int, list[Any]] = {}
-    for joint in federated_loader(DataLoader(dataset, 4, shuffle=True, **loader), sampler, seed=0):
+    for joint in unstacked(federated_loader(DataLoader(dataset, 4, shuffle=True, **loader), sampler, seed=0)):
         for part in joint.parts:
             batches.setdefault(part.client, []).append(part.batch)
     return batches
@@ -303,3 +318,98 @@ def test_samples_are_collated_by_the_users_function() -> None:
     for client, planned in plan(LocalWork(4)).items():
         assert [batch[0].tolist() for batch in plain[client]] == planned
         assert [batch[0] for batch in own[client]] == [sum(batch) for batch in planned]
+
+
+EQUAL = [np.arange(start, start + 10) for start in (0, 10, 20)]
+UNEQUAL = SHARDS[:3]
+
+
+class OneByOne(Dataset[Any]):
+    """The same samples as a TensorDataset, which nobody can gather at once."""
+
+    def __init__(self, dataset: TensorDataset) -> None:
+        self.samples = dataset
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index]
+
+
+@pytest.mark.parametrize("shards", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
+@pytest.mark.parametrize("position", [(0, 0), (1, 2)], ids=["from the start", "resumed"])
+@pytest.mark.parametrize(
+    ("work", "workers"),
+    [
+        (LocalWork(4), 0),
+        (LocalWork(4, shuffle=False, local_epochs=2), 0),
+        (LocalWork(4, local_steps=4, accumulate=2), 0),
+        (LocalWork(2, ranks_per_client=3, replica=2), 0),
+        (LocalWork(4, drop_last=True), 1),
+    ],
+)
+def test_stacked_minibatches_are_those_that_the_loader_collates_one_by_one(
+    work: LocalWork, workers: int, position: tuple[int, int], shards: list[np.ndarray]
+) -> None:
+    samples = TensorDataset(torch.randn(30, 3, 2), torch.arange(30))
+
+    def joint_batches(dataset: Dataset[Any], clients: range) -> list[JointBatch]:
+        sampler = ClientBatchSampler(shards, clients, work, FullParticipation(), 0, 3, lambda: position)
+        return list(federated_loader(DataLoader(dataset, work.batch_size, num_workers=workers), sampler, seed=0))
+
+    for clients in (range(3), range(1, 2)):
+        gathered, collated = joint_batches(samples, clients), joint_batches(OneByOne(samples), clients)
+        assert len(gathered) == len(collated)
+        for ours, theirs in zip(gathered, collated):
+            sizes = {len(part.batch[0]) for part in theirs.parts}
+            assert theirs.stacked is None
+            assert (ours.stacked is not None) == (len(sizes) == 1)
+            if ours.stacked is not None:
+                features, labels = ours.stacked
+                assert features.shape == (len(ours.parts), *sizes, 3, 2) and labels.shape == features.shape[:2]
+                assert all(part.batch is None for part in ours.parts)
+            ours.unstack()
+            for part, other in zip(ours.parts, theirs.parts, strict=True):
+                assert type(part.batch) is list and len(part.batch) == 2
+                assert all(torch.equal(a, b) for a, b in zip(part.batch, other.batch))
+                for field in ("client", "index", "steps_optimizer", "weight"):
+                    assert getattr(part, field) == getattr(other, field)
+
+
+def stacked_batch() -> JointBatch:
+    sampler = ClientBatchSampler(EQUAL, range(3), LocalWork(4), FullParticipation(), 0, 1, lambda: (0, 0))
+    return next(iter(federated_loader(DataLoader(TensorDataset(torch.arange(30.0)), 4), sampler, seed=0)))
+
+
+def test_a_joint_batch_is_replaced_as_a_whole_or_client_by_client() -> None:
+    """What sees one minibatch may make anything of it; what sees all of them keeps their stack."""
+    whole, apart = stacked_batch(), stacked_batch()
+    calls: list[int] = []
+    whole.replace(lambda stack: [-tensor for tensor in stack], one_by_one=False)
+    apart.replace(lambda batch: calls.append(len(batch[0])) or {"negative": -batch[0]}, one_by_one=True)  # type: ignore[func-returns-value]
+    assert calls == [4, 4, 4] and apart.stacked is None
+    whole.unstack()
+    for here, there in zip(whole.parts, apart.parts):
+        assert here.batch[0].min() < 0 and torch.equal(here.batch[0], there.batch["negative"])
+
+
+def test_views_of_a_stack_are_made_once() -> None:
+    """A callback that changes its part of a joint batch has changed what is trained on."""
+    batch = stacked_batch()
+    batch.unstack()
+    batch.parts[1].batch = "changed"
+    batch.unstack()
+    assert batch.parts[1].batch == "changed"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shards", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_joint_batches_are_pinned_if_the_users_loader_pins(shards: list[np.ndarray], workers: int) -> None:
+    sampler = ClientBatchSampler(shards, range(3), LocalWork(4), FullParticipation(), 0, 1, lambda: (0, 0))
+    data = TensorDataset(torch.arange(30.0))
+    for batch in federated_loader(DataLoader(data, 4, pin_memory=True, num_workers=workers), sampler, seed=0):
+        assert all(tensor.is_pinned() for tensor in batch.stacked or ())
+        batch.unstack()
+        assert batch.parts and all(part.batch[0].is_pinned() for part in batch.parts)
