@@ -60,6 +60,13 @@ def test_the_readmes_federation_of_nodes_that_come_and_go_trains() -> None:
     assert strategy.round == 4 and strategy.clock.elapsed > 0
 
 
+def test_the_readmes_clients_train_together(in_tmp_path: Path) -> None:
+    trainer = execute(ROOT / "README.md", example(ROOT / "README.md", "vectorised"))["trainer"]
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(ImageClassifier("mlp"), DigitsDataModule(num_clients=100))
+    assert trainer.strategy.round == 2 and trainer.strategy.local_step.clients_per_step.begin(20) == 10
+
+
 @pytest.mark.parametrize(("page", "name"), [("README.md", "slow-links"), ("docs/compression.md", "compression")])
 def test_the_examples_of_compressed_training_train(page: str, name: str, in_tmp_path: Path) -> None:
     trainer = execute(ROOT / page, example(ROOT / page, name))["trainer"]

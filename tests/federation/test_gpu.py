@@ -30,6 +30,33 @@ def test_a_gpu_trains_what_a_cpu_trains(make: Any) -> None:
     np.testing.assert_allclose(fit("gpu", make(num_clients=6)), fit("cpu", make(num_clients=6)), rtol=0, atol=1e-4)
 
 
+class Noisy(pl.LightningModule):
+    """Dropout draws from the GPU's generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.Dropout(0.3), torch.nn.Linear(16, 4))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-4), ("bf16-mixed", 0.05)])
+@pytest.mark.parametrize("rows_device", ["device", "cpu"])
+def test_waves_on_a_gpu_train_what_single_clients_train(precision: Any, tolerance: float, rows_device: Any) -> None:
+    rows = []
+    for clients_per_step in (1, 3):
+        pl.seed_everything(5, verbose=False)
+        strategy = GossipStrategy(num_clients=6, clients_per_step=clients_per_step, rows_device=rows_device)
+        trainer = silent_trainer(strategy, accelerator="gpu", precision=precision)
+        trainer.fit(Noisy(), loaders(clients(6))[0])
+        rows.append(all_rows(strategy))
+    np.testing.assert_allclose(rows[1], rows[0], rtol=0, atol=tolerance)
+
+
 def compressed(num_clients: int) -> EControlStrategy:
     return EControlStrategy(TopK(0.2), h0="zero", num_clients=num_clients)
 
