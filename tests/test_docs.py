@@ -20,10 +20,12 @@ import lightning_fed
 from lightning_fed import DFedSAMStrategy, EControlStrategy, FedAvgStrategy, GossipStrategy, MoDeSTStrategy
 from lightning_fed.cli import FederatedCLI
 from lightning_fed.compression import TopK
+from lightning_fed.data import DigitsDataModule
 from lightning_fed.federation.participation import UniformSample
 from lightning_fed.federation.strategy import FederatedStrategy
 from lightning_fed.federation.virtual_clock import VirtualClock
 from lightning_fed.modest.membership import hash_order
+from lightning_fed.modules import ImageClassifier
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

@@ -43,5 +43,6 @@ def consensus_distance(strategy: FederatedStrategy) -> float:
             if np.ptp(exchange.gather_rows(sums)) == 0:
                 return 0.0
         mean = bank.consensus[0].to(rows) if strategy.is_elastic else exchange.mean(rows)
-        squares = (rows - mean).square().sum(dim=1).double().cpu().numpy()
+        # Row by row: all differences at once would take twice the memory of the rows.
+        squares = np.array([float((row - mean).square().sum()) for row in rows])
     return float(np.sqrt((squares if strategy.is_elastic else exchange.gather_rows(squares)[exchange.holders]).mean()))

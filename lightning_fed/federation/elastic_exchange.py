@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_fed.federation.elastic_server import Average, ElasticServer
-from lightning_fed.federation.exchange import CACHED_MATRICES, COLUMNS_PER_BLOCK, Exchange, MixingPlan, SharedMessages
+from lightning_fed.federation.exchange import CACHED_MATRICES, Exchange, MixingPlan, SharedMessages, columns_per_block
 from lightning_fed.federation.layout import Layout
 from lightning_fed.federation.pair_record import PairRecord, Step
 from lightning_fed.federation.peer_mail import PeerMail
@@ -124,9 +124,10 @@ class ElasticExchange(Exchange):
         self._remote = []
 
     def _mix(self, rows_CP: Tensor, plan: MixingPlan) -> None:
-        for start in range(0, rows_CP.shape[1], COLUMNS_PER_BLOCK):
-            block = rows_CP[:, start : start + COLUMNS_PER_BLOCK]
-            rows = [row[start : start + COLUMNS_PER_BLOCK].to(block) for row in self._remote]
+        step = columns_per_block(rows_CP)
+        for start in range(0, rows_CP.shape[1], step):
+            block = rows_CP[:, start : start + step]
+            rows = [row[start : start + step].to(block) for row in self._remote]
             block.copy_(self._mixed(block, torch.stack(rows) if rows else block[:0], plan))
 
     def _swap(self, rows_CP: Tensor, plan: MixingPlan) -> dict[int, Received]:

@@ -28,9 +28,10 @@ from lightning_fed.federation.layout import Layout
 from lightning_fed.federation.rows import Rows
 from lightning_fed.federation.virtual_clock import VirtualClock
 
-# Columns mixed at a time: small enough for the block of all rows to stay in a CPU cache, and to bound the memory that
-# rows of other ranks need while they are here.
-COLUMNS_PER_BLOCK = 4096
+# What is mixed at a time, a block of columns of all rows: small enough to stay in a CPU cache, and to be little beside
+# the rows.
+BLOCK_BYTES = 2**20
+COLUMNS_PER_BLOCK = 64, 4096  # at least and at most
 REMOTE_BLOCK_BYTES = 64 * 2**20
 # The sparse kernel is faster below this density, and gives the same bits whichever rows a rank asks for; for few
 # clients that is worth its price at any density.
@@ -276,7 +277,11 @@ class Exchange(ABC):
         self.server_bytes += len(receivers) * rows_CP.shape[1] * rows_CP.element_size()
         if self.clock is not None and (message_bytes := self._message_bytes(rows_CP)):
             self.clock.downloaded(receivers, message_bytes)
-        for slot in np.flatnonzero(np.isin(self.present, receivers)).tolist():
+        receives = np.isin(self.present, receivers)
+        if receives.all():
+            rows_CP.copy_(vector_P)
+            return
+        for slot in np.flatnonzero(receives).tolist():
             rows_CP[slot] = vector_P
 
     @abstractmethod
@@ -335,6 +340,12 @@ class Exchange(ABC):
         return self._plans[key][1]
 
 
+def columns_per_block(rows_CP: Tensor) -> int:
+    """How many columns to mix at a time."""
+    least, most = COLUMNS_PER_BLOCK
+    return min(max(BLOCK_BYTES // max(rows_CP.element_size() * len(rows_CP), 1), least), most)
+
+
 class LoopbackExchange(Exchange):
     """All clients on one rank: mixing is a matrix product."""
 
@@ -342,7 +353,7 @@ class LoopbackExchange(Exchange):
         return tensor
 
     def _mix(self, rows_CP: Tensor, plan: MixingPlan) -> None:
-        for block in rows_CP.split(COLUMNS_PER_BLOCK, dim=1):
+        for block in rows_CP.split(columns_per_block(rows_CP), dim=1):
             block.copy_(self._mixed(block, block[:0], plan))
 
     def share(self, messages_CB: Tensor, support_NN: np.ndarray) -> SharedMessages:
@@ -374,9 +385,10 @@ class CollectiveExchange(Exchange):
     def _mix(self, rows_CP: Tensor, plan: MixingPlan) -> None:
         row_bytes = rows_CP.element_size() * max(plan.remote, 1)
         width = min(rows_CP.shape[1], max(REMOTE_BLOCK_BYTES // row_bytes, 1))
+        step = columns_per_block(rows_CP)
         for block in rows_CP.split(max(width, 1), dim=1):
             received = self._swap(block, plan, self._sent_as(block))()
-            for columns, remote in zip(block.split(COLUMNS_PER_BLOCK, dim=1), received.split(COLUMNS_PER_BLOCK, dim=1)):
+            for columns, remote in zip(block.split(step, dim=1), received.split(step, dim=1)):
                 columns.copy_(self._mixed(columns, remote.to(columns.dtype), plan))
 
     def share(self, messages_CB: Tensor, support_NN: np.ndarray) -> SharedMessages:

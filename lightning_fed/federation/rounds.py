@@ -134,7 +134,7 @@ def nonfinite_slots(strategy: FederatedStrategy) -> list[int]:
         return []
     # A sum is not finite if an entry is not, and costs a tenth of torch.isfinite; a sum may also overflow, so the few
     # suspects are looked at entry by entry.
-    sums = torch.stack([rows[slot].sum() for slot in slots])
+    sums = rows.sum(dim=1) if slots == list(range(len(rows))) else torch.stack([rows[slot].sum() for slot in slots])
     suspects = [slots[index] for index in (~torch.isfinite(sums)).nonzero().squeeze(1).tolist()]
     return [slot for slot in suspects if not bool(torch.isfinite(rows[slot]).all())]
 
