@@ -74,7 +74,11 @@ class FederationCheckpoint:
                 "buffers": bank.buffers.snapshot(),
                 "counters": torch.stack([bank.counters_of(client) for client in clients]),
                 "algorithm": {name: matrix.detach().clone() for name, matrix in strategy.client_matrices().items()},
-                "clients": {client: bank.state_of(client) for client in clients if bank.has_state(client)},
+                "clients": {
+                    client: bank.state_of(client)
+                    for client in sorted({*clients, *bank.present})
+                    if bank.has_state(client)
+                },
             }
             strategy.checkpoint_io.save_checkpoint(content, directory / block_name(clients.start, clients.stop))
         if strategy.is_global_zero:
@@ -143,7 +147,8 @@ class FederationCheckpoint:
         if not strategy.keeps_rows and strategy.joint_index:
             hold_rows(strategy, strategy.cohort)
         for client, position, content in self._clients(strategy):
-            bank.set_counters(client, content["counters"][position])
+            if position is not None:
+                bank.set_counters(client, content["counters"][position])
             if not bank.has_row(client):
                 continue
             slot, saved = bank.slot(client), self._saved_row(client, content["present"])
@@ -184,11 +189,17 @@ class FederationCheckpoint:
         strategy.bank.detach_optimizers()  # from what Lightning's file has of the client that was bound
 
     def _clients(self, strategy: FederatedStrategy) -> Any:
-        """Yields (client, its position in the file's block, the file's content) for each client of this rank."""
-        mine = strategy.exchange.clients
+        """Yields (client, its position in the file's block, the file's content) for each client of this rank.
+
+        The position is None for clients that are not at home anywhere, of which only the present ones have a state.
+        """
+        mine, exchange = strategy.exchange.clients, strategy.exchange
         for start, stop in self.header["blocks"]:
-            overlap = range(max(start, mine.start), min(stop, mine.stop))
-            if overlap:
+            if exchange.deals_evenly:
+                content = self._load(strategy, block_name(start, stop))
+                for client in set(content["present"]) & set(exchange.present.tolist()):
+                    yield client, None, content
+            elif overlap := range(max(start, mine.start), min(stop, mine.stop)):
                 content = self._load(strategy, block_name(start, stop))
                 for client in overlap:
                     yield client, client - start, content

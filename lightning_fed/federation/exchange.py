@@ -28,8 +28,7 @@ from lightning_fed.federation.layout import Layout
 from lightning_fed.federation.rows import Rows
 from lightning_fed.federation.virtual_clock import VirtualClock
 
-# What is mixed at a time, a block of columns of all rows: small enough to stay in a CPU cache, and to be little beside
-# the rows.
+# What is mixed at a time, a block of columns of all rows: little beside the rows, and in a CPU cache.
 BLOCK_BYTES = 2**20
 COLUMNS_PER_BLOCK = 64, 4096  # at least and at most
 REMOTE_BLOCK_BYTES = 64 * 2**20
@@ -141,22 +140,22 @@ class Exchange(ABC):
         host: the host of this rank.
 
     Attributes:
+        deals_evenly: clients leave no state behind, so each cohort is dealt out evenly, whoever is at home where.
         holders: int64 ``[K]``, the clients that have rows, sorted; by default all.
         present: int64 ``[C]``, those of them on this rank: whose rows ``rows_CP`` are, in this order.
         sent_bytes: int64 ``[N]``, bytes that each client has sent, the same array on every rank.
         server_bytes: bytes that the (virtual) server has sent.
         wire_bytes: bytes that really left this rank for mixing.
-        message_dtype: what rows are rounded to on their way to other clients in :meth:`mix_`, on this rank or another;
-            None to send them as they are.
+        message_dtype: what :meth:`mix_` rounds rows to on their way to other clients, on any rank; None: not.
         clock: what the communication takes; None if no time is counted.
-        riders: rows that travel in the messages of other rows (float buffers beside parameters), so that the clock
-            sees one message.
+        riders: rows (float buffers) that travel in the messages of others, so that the clock sees one message.
     """
 
     def __init__(self, layout: Layout, host: int = 0) -> None:
         self.layout = layout
         self.host = host
         self.clients = layout.clients_of(host)
+        self.deals_evenly = False
         self.hold(np.arange(layout.num_clients))
         self.sent_bytes = np.zeros(layout.num_clients, dtype=np.int64)
         self.server_bytes = 0
@@ -168,9 +167,14 @@ class Exchange(ABC):
 
     def hold(self, holders: np.ndarray) -> None:
         """From now on rows are those of these clients (sorted), here and on all other ranks."""
-        first, stop = np.searchsorted(holders, (self.clients.start, self.clients.stop))
-        self.holders = holders
-        self.present = holders[first:stop]
+        self.holders, self.present = holders, self.share_of(holders)
+
+    def share_of(self, clients: np.ndarray) -> np.ndarray:
+        """Those of some clients (sorted) that this rank trains."""
+        if self.deals_evenly:
+            return np.array_split(clients, self.layout.num_hosts)[self.host]
+        first, stop = np.searchsorted(clients, (self.clients.start, self.clients.stop))
+        return clients[first:stop]
 
     @cached_property
     def everyone(self) -> np.ndarray:

@@ -12,6 +12,7 @@ from lightning_fed.federation.elastic_exchange import ElasticExchange
 from lightning_fed.federation.sampler import JointBatch
 
 if TYPE_CHECKING:
+    from lightning_fed.federation.clients import ClientBank
     from lightning_fed.federation.strategy import FederatedStrategy
 
 
@@ -33,6 +34,13 @@ def hold_rows(strategy: FederatedStrategy, clients: np.ndarray) -> None:
     """Give rows to these clients (sorted) alone, on all ranks."""
     strategy.exchange.hold(clients)
     strategy.bank.hold(strategy.exchange.present.tolist())
+
+
+def leaves_nothing_behind(strategy: FederatedStrategy, bank: ClientBank) -> bool:
+    """Whether a client has no state between rounds, so that any rank can train it."""
+    has_scaler = getattr(strategy.precision_plugin, "scaler", None) is not None
+    resets = strategy.optimizer_state_policy == "reset"
+    return resets and not strategy.keeps_rows and not bank.counters.width and not has_scaler
 
 
 def finish_joint_step(strategy: FederatedStrategy, joint: JointBatch) -> None:
@@ -129,7 +137,7 @@ def settle_nonfinite_here(strategy: FederatedStrategy) -> list[int]:
 def nonfinite_slots(strategy: FederatedStrategy) -> list[int]:
     """Which rows of this rank's part of the cohort are not finite."""
     bank, rows = strategy.bank, strategy.bank.rows.matrix
-    slots = [bank.slot(client) for client in strategy.cohort.tolist() if client in bank.clients]
+    slots = [bank.slot(client) for client in strategy.exchange.share_of(strategy.cohort).tolist()]
     if not slots:
         return []
     # A sum is not finite if an entry is not, and costs a tenth of torch.isfinite; a sum may also overflow, so the few

@@ -161,6 +161,7 @@ class ClientBatchSampler(Sampler[JointBatch]):
         seed: of the federation.
         rounds_per_epoch: rounds until the iterator ends.
         next_position: tells the first round that has not been completed, and how many of its joint steps are done.
+        share_of: names those of a cohort that train on this rank; by default those of ``clients``.
         takes_part: tells whether this rank's clients train in a round; if not, its joint steps are empty.
     """
 
@@ -174,6 +175,7 @@ class ClientBatchSampler(Sampler[JointBatch]):
         rounds_per_epoch: int,
         next_position: Callable[[], tuple[int, int]],
         takes_part: Callable[[int], bool] = lambda round: True,
+        share_of: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self.shards = [torch.as_tensor(np.asarray(shard), dtype=torch.int64) for shard in shards]
         self.sizes = [len(shard) for shard in shards]
@@ -184,6 +186,7 @@ class ClientBatchSampler(Sampler[JointBatch]):
         self.rounds_per_epoch = rounds_per_epoch
         self.next_position = next_position
         self.takes_part = takes_part
+        self.share_of = share_of or (lambda cohort: cohort[np.isin(cohort, clients)])
 
     def joint_steps(self, round: int) -> int:
         """Minibatches of a round: those of its busiest client anywhere, rounded up to whole optimizer steps."""
@@ -212,7 +215,7 @@ class ClientBatchSampler(Sampler[JointBatch]):
     def _round(self, round: int) -> Iterator[JointBatch]:
         cohort = self.participation.cohort(round, len(self.shards), self.seed)
         # As Python integers: of others a range looks through all its members.
-        mine = [client for client in cohort.tolist() if client in self.clients] if self.takes_part(round) else []
+        mine = self.share_of(cohort).tolist() if self.takes_part(round) else []
         steps, plan = self.joint_steps(round), self.minibatches(mine, round)
         for index in range(steps):
             yield JointBatch(round, index, index == steps - 1, *next(plan, ([], None)))

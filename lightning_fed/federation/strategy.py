@@ -33,7 +33,7 @@ from lightning_fed.federation.local_rules import LocalRule
 from lightning_fed.federation.local_step import LocalStep
 from lightning_fed.federation.participation import FullParticipation, Participation
 from lightning_fed.federation.processes import FederationProcesses
-from lightning_fed.federation.rounds import hold_rows
+from lightning_fed.federation.rounds import hold_rows, leaves_nothing_behind
 from lightning_fed.federation.sampler import (
     ClientBatchSampler,
     JointBatch,
@@ -251,6 +251,7 @@ class FederatedStrategy(Algorithm, FederationProcesses):
             return
         in_host_memory = self.rows_device == "cpu"
         self._bank = ClientBank(module, self.exchange.clients, self.one_model, self.keeps_rows, in_host_memory)
+        self.exchange.deals_evenly = leaves_nothing_behind(self, self._bank)
         hold_rows(self, np.arange(self.num_clients if self.keeps_rows else 0))
         self._bank_of = (module, trainer)
         self.round, self.joint_index = 0, 0
@@ -307,6 +308,7 @@ class FederatedStrategy(Algorithm, FederationProcesses):
             rounds_per_epoch=rounds if isinstance(rounds, int) else work.rounds_per_pass(self.shards),
             next_position=self.next_position,
             takes_part=self.exchange.takes_part,
+            share_of=self.exchange.share_of,
         )
         if self.peers is not None:
             self.peers.start()

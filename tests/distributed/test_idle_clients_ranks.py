@@ -34,19 +34,22 @@ class Save(pl.Callback):
             self.rows.append([int(client) for client in strategy.bank.present])
 
 
-def fit(world_size: int, directory: str, resume: str | None, place: Any = "device") -> dict[str, Any]:
+def fit(
+    world_size: int, directory: str, resume: str | None, place: Any = "device", leaves_something: bool = True
+) -> dict[str, Any]:
     pl.seed_everything(1, verbose=False)
     save = Save(directory)
-    strategy = FedAvgStrategy(num_clients=N, cohort_size=COHORT, optimizer_state="keep", rows_device=place)
+    policy: Any = "keep" if leaves_something else "reset"
+    strategy = FedAvgStrategy(num_clients=N, cohort_size=COHORT, optimizer_state=policy, rows_device=place)
     trainer = silent_trainer(strategy, world_size, max_epochs=4, callbacks=[save])
-    module = Classifier(momentum=0.5)
+    module = Classifier(norm=leaves_something, momentum=0.5)
     trainer.fit(module, *loaders(clients(N)), ckpt_path=resume)
-    counters = np.array([int(strategy.bank.counters_of(client)) for client in strategy.exchange.clients])
+    counters = np.array([int(strategy.bank.counters_of(client).sum()) for client in strategy.exchange.clients])
     return {
         "exported": torch.cat([value.flatten() for value in module.state_dict().values()]).numpy(),
-        "counters": strategy.exchange.sum(
-            torch.from_numpy(np.bincount(strategy.exchange.clients, counters, N))
-        ).numpy(),
+        "counters": strategy.exchange.sum(torch.from_numpy(np.bincount(strategy.exchange.clients, counters, N))).numpy()
+        if leaves_something
+        else np.zeros(0),
         "bytes": strategy.exchange.total_bytes,
         "distance": strategy.consensus_distance(),
         "cohorts": [strategy.participation.cohort(round, N, strategy.seed).tolist() for round in range(4)],
@@ -79,3 +82,23 @@ def test_some_ranks_have_nobody_in_a_cohort(tmp_path: Path) -> None:
     results = run_ranks(4, fit, 4, str(tmp_path), None)
     assert any(not held for result in results for held in result["rows"])
     assert_same_run(results[0], fit(1, str(tmp_path), None), tolerance=1e-6)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 1), (2, 3)])
+def test_clients_that_leave_nothing_behind_are_dealt_out_evenly(before: int, after: int, tmp_path: Path) -> None:
+    alone = fit(1, str(tmp_path), None, leaves_something=False)
+    first = run_ranks(before, fit, before, str(tmp_path), None, "device", False)
+    path = str(tmp_path / "middle.ckpt")
+    for ranks in (first, run_ranks(after, fit, after, str(tmp_path / "again"), path, "device", False)):
+        for result in ranks:
+            assert_same_run(result, alone, tolerance=1e-6)
+        rounds = [list(chain(*held)) for held in zip(*(result["rows"] for result in ranks))]
+        assert rounds == alone["cohorts"][-len(rounds) :]
+        for held in zip(*(result["rows"] for result in ranks)):
+            assert max(map(len, held)) - min(map(len, held)) <= 1
+
+
+def test_clients_that_leave_something_behind_stay_at_home(tmp_path: Path) -> None:
+    results = run_ranks(2, fit, 2, str(tmp_path), None)
+    for result, home in zip(results, (range(4), range(4, N))):
+        assert all(client in home for held in result["rows"] for client in held)
