@@ -45,7 +45,7 @@ def ascent(
     adaptive = [False] * len(weights) if adaptive is None else adaptive
     u = [(w.abs() + eta) * g if measured else g for w, g, measured in zip(weights, gradients, adaptive)]
     if apart:
-        norms = [torch.linalg.vector_norm(tensor.flatten(1), q, dim=1) for tensor in u]
+        norms = [torch.linalg.vector_norm(tensor.unsqueeze(-1).flatten(1), q, dim=1) for tensor in u]
     else:
         norms = (
             list(torch._foreach_norm(u, q)) if q in (1, 2) else [torch.linalg.vector_norm(tensor, q) for tensor in u]

@@ -148,6 +148,7 @@ class ClientLogs:
         scalar = value._forward_cache if isinstance(value, Metric) else value
         if on_step and scalar is not None:
             scalar = torch.as_tensor(scalar, device=self.module.device).detach()
+            scalar = scalar.reshape(()) if scalar.numel() == 1 else scalar
             scalars = scalar.expand(len(self._clients)).unbind() if len(self._clients) > 1 else [scalar]
             self._step_values.setdefault(name, ([], entry))[0].extend(scalars)
         if on_epoch:

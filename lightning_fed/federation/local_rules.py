@@ -125,7 +125,7 @@ class SharpnessAwareRule(LocalRule):
                 parameter.grad = g
             return
         found = [(parameter, g) for parameter, g in zip(gradient.parameters, plain) if parameter.grad is not None]
-        finite = [torch.isfinite(parameter.grad).flatten(1).all(1) for parameter, _ in found]  # type: ignore[arg-type]
+        finite = [torch.isfinite(p.grad).unsqueeze(-1).flatten(1).all(1) for p, _ in found]  # type: ignore[arg-type]
         bad = ~torch.stack(finite).all(0)
         self.fallbacks += int(bad.sum())
         for parameter, g in found:

@@ -379,7 +379,8 @@ class LocalStep:
             output = self._step(self._part.batch, *args, **kwargs)
         accumulate = self.module.trainer.accumulate_grad_batches
         loss = ClosureResult.from_training_step_output(output, accumulate).closure_loss
-        assert loss is not None
+        if loss is None:  # the step leaves this minibatch out
+            return
         self.module.backward(self.bank.scaler.scale(loss) if self.bank.scaler is not None else loss)
         self._average()
 

@@ -138,17 +138,19 @@ class Rows:
     def take(self, slots: Sequence[int]) -> Tensor:
         """Rows to train on ``[M, P]``, on the tensors' device. Those that were taken before are given back.
 
-        A view of the matrix if the rows are neighbours there, in this order; else copies in working rows.
+        A view of the matrix if the rows are neighbours there, in this order; else copies in working rows, as of the one
+        row that several clients share, which are not written back then.
         """
         self.give_back()
-        if self.one_for_all:
-            return self._matrix[: len(slots)]
         first, stop = slots[0], slots[0] + len(slots)
-        if not self.in_host_memory and list(slots) == list(range(first, stop)):
+        is_view = not self.in_host_memory and not (self.one_for_all and len(slots) > 1)
+        if is_view and list(slots) == list(range(first, stop)):
             return self._matrix[first:stop]
         if len(slots) > len(self._working):
             self.forget_views()
             self._working = self.bound.new_empty(self._padded(len(slots)))[:, : self.width]
+        if self.one_for_all:  # a local rule may move the clients of a wave apart
+            return self._working[: len(slots)].copy_(self._matrix[: len(slots)])
         self._taken = list(slots)
         for row, slot in zip(self._working, slots):
             row.copy_(self._matrix[slot], non_blocking=True)

@@ -47,7 +47,7 @@ class StackedBatch:
             if isinstance(values[0], Tensor):
                 stacked.append(torch.stack(values))
                 shared.append(TENSOR)
-            elif all(type(value) is type(values[0]) and value == values[0] for value in values):
+            elif are_equal(values):
                 shared.append(values[0])
             else:
                 raise CannotVectorize(
@@ -72,3 +72,11 @@ class StackedBatch:
     def first(self) -> Any:
         """The first client's minibatch."""
         return self.of_one([leaf[0] for leaf in self.leaves])
+
+
+def are_equal(values: Sequence[Any]) -> bool:
+    """Whether values are known to be equal; arrays, and objects that hold tensors, cannot tell."""
+    try:
+        return all(type(value) is type(values[0]) and bool(value == values[0]) for value in values)
+    except (RuntimeError, ValueError):
+        return False

@@ -3,9 +3,9 @@
 Shapes: M = clients of a wave, B = samples of a minibatch.
 
 ``vmap`` is correct for most functions and fast for many. Some are treated here, below it, on the tensors that hold all
-clients: linear layers, BatchNorm and cross-entropies, whose general rules cost more, or know no mixed precision; and
-random functions, which must draw for each client what that client alone would draw, on whichever rank and beside
-whomever.
+clients: linear layers, BatchNorm and cross-entropies, whose general rules cost more, or know no mixed precision;
+embeddings with padding, of which its rule is wrong; and random functions, which must draw for each client what that
+client alone would draw, on whichever rank and beside whomever.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
+from torch._functorch.vmap import lazy_load_decompositions, vmap_increment_nesting
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -114,13 +115,37 @@ class StackedFunctions(TorchFunctionMode):
             )
         raw_args, raw_kwargs = tree_map(partial(raw, vmap), (args, kwargs))
         outputs = []
-        with vmap.lower():
+        with Below():
             for number in range(self.num_clients):
                 own_args, own_kwargs = tree_map(partial(Raw.of, number=number), (raw_args, raw_kwargs))
                 with self.generators.of_client(number):
                     outputs.append(func(*own_args, **own_kwargs))
             stacked = None if in_place else tree_map(lambda *values: stack(values), *outputs)
         return args[0] if in_place else tree_map(partial(batched, vmap), stacked)
+
+
+class Below:
+    """A context below vmap, where tensors are those of all clients. ``lower()`` of the interpreter does more."""
+
+    def __enter__(self) -> None:
+        self._layer = _functorch.pop_dynamic_layer_stack()
+
+    def __exit__(self, *error: object) -> None:
+        _functorch.push_dynamic_layer_stack(self._layer)
+
+
+def for_each_client(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``torch.func.vmap(function, randomness="error")(*tensors)``, without finding out at every step what it is given.
+
+    Args:
+        function: of one client's tensors; returns tensors.
+        tensors: each ``[M, ...]``.
+    """
+    lazy_load_decompositions()
+    num_clients = len(tensors[0])
+    with vmap_increment_nesting(num_clients, "error") as level:
+        outputs = function(*(_functorch._add_batch_dim(tensor, 0, level) for tensor in tensors))
+        return [_functorch._remove_batch_dim(output, level, num_clients, 0) for output in outputs]
 
 
 class Raw:
@@ -197,9 +222,11 @@ def stacked_linear(vmap: VmapInterpreter, input: Any, weight: Any, bias: Any = N
     if not all(argument.is_stacked or argument.value is None for argument in arguments):
         return NotImplemented
     x, w, b = (argument.value for argument in arguments)
+    if w.dim() != 3 or (b is not None and b.shape != w.shape[:2]):
+        return NotImplemented
     device = x.device.type
     is_mixed = torch.is_autocast_enabled(device)
-    with vmap.lower(), torch.autocast(device, enabled=False) if is_mixed else nullcontext():
+    with Below(), torch.autocast(device, enabled=False) if is_mixed else nullcontext():
         if is_mixed:
             dtype = torch.get_autocast_dtype(device)
             x, w, b = x.to(dtype), w.to(dtype), b if b is None else b.to(dtype)
@@ -228,7 +255,7 @@ def stacked_batch_norm(
     if any(tensor is not None and not tensor.is_contiguous() for tensor in of_channels[:2]):
         return NotImplemented  # whose update in place would be lost
     num_clients = len(x)
-    with vmap.lower():
+    with Below():
         mean, variance, w, b = (tensor if tensor is None else tensor.flatten() for tensor in of_channels)
         y = F.batch_norm(x.transpose(0, 1).flatten(1, 2), mean, variance, w, b, training, momentum, eps)
         y = y.unflatten(1, (num_clients, -1)).transpose(0, 1)
@@ -254,7 +281,7 @@ def stacked_cross_entropy(
     x, y = logits.value, labels.value
     if x.dim() != 3 or y.dim() != 2 or y.is_floating_point():
         return NotImplemented
-    with vmap.lower():
+    with Below():
         losses = F.cross_entropy(
             x.flatten(0, 1),
             y.flatten(),
@@ -266,10 +293,27 @@ def stacked_cross_entropy(
     return batched(vmap, mean)
 
 
+def stacked_embedding(
+    vmap: VmapInterpreter,
+    input: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    *args: Any,
+    **settings: Any,
+) -> Any:
+    """``F.embedding`` with padding, which vmap's rule knows of the first client alone; NotImplemented without."""
+    if padding_idx is None:
+        return NotImplemented
+    found = F.embedding(input, weight, None, *args, **settings)
+    is_padding = input == padding_idx % len(weight)
+    return torch.where(is_padding.unsqueeze(-1), found.detach(), found)
+
+
 STACKED_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.linear: stacked_linear,
     F.batch_norm: stacked_batch_norm,
     F.cross_entropy: stacked_cross_entropy,
+    F.embedding: stacked_embedding,
 }
 SPECIAL_FUNCTIONS = STACKED_FUNCTIONS.keys() | RANDOM_FUNCTIONS | ATTENTION_FUNCTIONS
 

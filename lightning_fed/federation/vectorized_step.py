@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from torch import Tensor, nn
-from torch.func import vmap
 from torch.optim import Optimizer
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_fed.federation.direct_calls import backpropagate, direct_step
 from lightning_fed.federation.sampler import ClientBatch, JointBatch
 from lightning_fed.federation.stacked_batch import StackedBatch
-from lightning_fed.federation.stacked_functions import ClientGenerators, StackedFunctions
+from lightning_fed.federation.stacked_functions import ClientGenerators, StackedFunctions, for_each_client
 from lightning_fed.federation.vectorization import CannotVectorize, Trial, explain
 from lightning_fed.federation.wave_logs import WaveLogs
 from lightning_fed.sharpness import beside
@@ -94,16 +94,16 @@ class VectorizedStep:
             with torch.enable_grad():
                 outputs = self._evaluate(self._logs)
                 if trial is not None:
-                    trial.compare(outputs.loss)
-                    self._is_tried = True
+                    self._is_tried = trial.compare(outputs.loss)
                 self._logs.publish(self._batch, clients)
                 if outputs.loss is not None:
                     backward = partial(self._backward, outputs.loss)
                     local_step.apply_rule(backward, clients, bank.rows.bound, partial(self._recompute))
+            if steps:
+                local_step.add_to_gradients(optimizer, clients)
             if local_step.gathers:
                 local_step.gather(clients, steps)
             elif steps:
-                local_step.add_to_gradients(optimizer, clients)
                 self._clip(optimizer)
                 direct_step(optimizer)(closure=nothing)
         except CannotVectorize:
@@ -139,7 +139,7 @@ class VectorizedStep:
 
         try:
             with StackedFunctions(len(self._parts), generators):
-                tensors = vmap(of_one_client, randomness="error")(*given, *self._batch.leaves)
+                tensors = for_each_client(of_one_client, [*given, *self._batch.leaves])
         except CannotVectorize:
             raise
         except Exception as error:
@@ -200,7 +200,9 @@ class VectorizedStep:
             torch._foreach_clamp_min_(gradients, -limit)
             torch._foreach_clamp_max_(gradients, limit)
             return
-        norms = torch.stack([torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients])
+        norms = torch.stack(
+            [torch.linalg.vector_norm(gradient.unsqueeze(-1).flatten(1), dim=1) for gradient in gradients]
+        )
         factors = (limit / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)  # as torch clips
         for gradient in gradients:
             gradient.mul_(beside(factors, gradient))
@@ -227,9 +229,8 @@ class Outputs:
         self.loss: Tensor | None = None
         self.size = 0
         self.replaced: list[int] = []
-        self._names: list[str] = []
-        self._plain: dict[str, Any] = {}
-        self._extra: dict[str, Tensor] = {}
+        self._extra: list[Any] = []
+        self._structure: TreeSpec | None = None
 
     def take(self, output: Any) -> list[Tensor]:
         """The tensors of a client's output, the loss first."""
@@ -241,10 +242,10 @@ class Outputs:
             return []
         if loss.numel() != 1:
             raise ValueError(f"training_step has returned a loss of shape {tuple(loss.shape)}, no scalar")
-        tensors = {name: value for name, value in extra.items() if isinstance(value, Tensor)}
-        self._names, self.size = list(tensors), 1 + len(tensors)
-        self._plain = {name: value for name, value in extra.items() if name not in tensors}
-        return [loss.reshape(()) if loss.dim() else loss, *tensors.values()]
+        self._extra, self._structure = tree_flatten(extra)
+        tensors = [value for value in self._extra if isinstance(value, Tensor)]
+        self.size = 1 + len(tensors)
+        return [loss.reshape(()) if loss.dim() else loss, *tensors]
 
     def find_replaced(self, places: Sequence[Sequence[Place]], tensors: Sequence[Tensor]) -> list[Tensor]:
         """What the module now holds instead of some of the tensors that it was given."""
@@ -256,12 +257,15 @@ class Outputs:
         """Take the same tensors of all clients."""
         if self.size:
             self.loss = tensors[0] if self.accumulate == 1 else tensors[0] / self.accumulate
-            self._extra = dict(zip(self._names, tensors[1 : self.size]))
+            found = iter(tensors[1 : self.size])
+            self._extra = [next(found) if isinstance(value, Tensor) else value for value in self._extra]
 
     def outcome(self) -> Outcome:
         """The losses of all clients, and what else the last one has returned."""
-        last = {name: value[-1].detach() for name, value in self._extra.items()} | self._plain
-        return (None if self.loss is None else self.loss.detach()), last
+        if self.loss is None or self._structure is None:
+            return None, {}
+        last = [value[-1].detach() if isinstance(value, Tensor) else value for value in self._extra]
+        return self.loss.detach(), tree_unflatten(last, self._structure)
 
 
 def groups_of(joint: JointBatch) -> list[list[int]]:

@@ -52,8 +52,13 @@ class WaveLogs:
                 f"self.log({name!r}, ...) logs a {type(value).__name__}, whose state would mix the clients of a wave: "
                 "log a tensor (for example of torchmetrics.functional)"
             )
+        if isinstance(settings.get("batch_size"), Tensor):
+            raise CannotVectorize(
+                f"self.log({name!r}, ..., batch_size=...) is given a tensor, which would be that of all clients of the "
+                "wave: give it a number"
+            )
         if isinstance(value, Tensor):
-            self.tensors.append(value.detach())
+            self.tensors.append(value.detach().reshape(()) if value.numel() == 1 else value.detach())
             self._calls.append((name, len(self.tensors) - 1, None, args, settings))
         else:
             self._calls.append((name, None, value, args, settings))

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 OptimizerState = defaultdict[Any, dict[Any, Any]]
 # In a client's optimizer state: for each parameter group, what the optimizer has added to its hyperparameters.
 ADDED = "added to param_groups"
+# What torch's optimizers keep once for a parameter, in a tensor of shape (): that of a parameter that is one number.
+COUNTS = {"step", "mu_product", "eta", "mu"}
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Waves:
 
     def split(self, clients: Sequence[int]) -> list[list[int]]:
         """Cut a list of clients into waves: neighbours whose optimizers have taken equally many steps."""
+        self.bank.put_away()  # what the bound client's optimizers count is with them until then
         if tuple(clients) in self._states or len(clients) == 1:
             return [list(clients)]
         waves: list[list[int]] = []
@@ -185,7 +188,7 @@ def stack_gradients(gradients: Sequence[list[Tensor | None] | None]) -> list[Ten
 
 def is_like(key: Any, value: Any, parameter: Tensor) -> bool:
     """Whether something that an optimizer keeps has a number for each of a parameter's."""
-    return isinstance(value, Tensor) and value.shape == parameter.shape and key != "step"
+    return isinstance(value, Tensor) and value.shape == parameter.shape and key not in COUNTS
 
 
 def comparable(value: Any) -> Any:

@@ -82,14 +82,67 @@ class FillsAnEmptyTensor(Plain):
         return hidden + torch.empty(8).normal_()
 
 
+class Appends(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    def between(self, hidden: Tensor) -> Tensor:
+        self.kept.append(hidden.detach().mean())
+        return hidden.relu()
+
+
+class AppendsNumbers(Appends):
+    def between(self, hidden: Tensor) -> Tensor:
+        self.kept.append(torch.tensor(1.0))
+        return hidden.relu()
+
+
+class Counts(Plain):
+    calls = 0
+
+    def between(self, hidden: Tensor) -> Tensor:
+        self.calls += 1
+        return hidden.relu()
+
+
+class CountsInBuffer(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def between(self, hidden: Tensor) -> Tensor:
+        self.calls += 1
+        return hidden.relu()
+
+
+class ReplacesShared(CountsInBuffer):
+    def between(self, hidden: Tensor) -> Tensor:
+        self.calls = self.calls + hidden.detach().mean()
+        return hidden.relu()
+
+
+class Checkpoints(Plain):
+    def between(self, hidden: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(torch.tanh, hidden, use_reentrant=False)
+
+
+class LogsWithTensor(Plain):
+    def between(self, hidden: Tensor) -> Tensor:
+        self.log("mean", hidden.mean(), on_epoch=True, batch_size=(hidden > 0).sum())  # type: ignore[arg-type]
+        return hidden.relu()
+
+
 class MixesClients(Plain):
     """Leaves vmap by the back door, and takes the mean over clients."""
+
+    share = 0.5
 
     def between(self, hidden: Tensor) -> Tensor:
         functorch: Any = torch._C._functorch
         if not functorch.is_batchedtensor(hidden):
             return hidden
-        return hidden - functorch.get_unwrapped(hidden).mean() * 0.5
+        return hidden - functorch.get_unwrapped(hidden).mean() * self.share
 
 
 def fit(module: Any, clients_per_step: Any = 3, rounds: int = 2, **settings: Any) -> GossipStrategy:
@@ -109,6 +162,13 @@ STEPS = {
     DrawsInPython: "draws from Python's `random`",
     DrawsInNumPy: "draws from `numpy.random`",
     FillsAnEmptyTensor: r"normal_ fills a tensor that was made inside the step",
+    Appends: r"Appends.training_step keeps a tensor in `Appends.kept`",
+    AppendsNumbers: "changes `kept`, which clients share",
+    Counts: "changes `calls`, which clients share",
+    CountsInBuffer: "changes `calls`, which clients share",
+    ReplacesShared: "keeps a tensor in `ReplacesShared._buffers`",
+    Checkpoints: "Checkpoints.training_step fails for several clients at once",
+    LogsWithTensor: "batch_size=...\\) is given a tensor",
     MixesClients: r"the gradient of client 0 differs by .*%.* works across the clients",
     Classifier: "Accuracy",
 }
@@ -135,6 +195,65 @@ def test_auto_falls_back_on_single_clients(module: type[pl.LightningModule], cap
         fallen = fit(module, "auto")
     np.testing.assert_array_equal(all_rows(fallen), all_rows(alone))
     assert 'clients_per_step="auto" trains clients one by one:' in caplog.text
+
+
+def test_what_a_step_has_kept_is_what_single_clients_keep() -> None:
+    kept = []
+    for clients_per_step in (1, "auto"):
+        module = Appends()
+        fit(lambda module=module: module, clients_per_step)
+        kept.append(torch.stack(module.kept))
+    torch.testing.assert_close(*kept, rtol=0, atol=0)
+
+
+def test_double_precision_is_compared_as_such() -> None:
+    class MixesLittle(MixesClients):
+        share = 0.001
+
+    with pytest.raises(RuntimeError, match="works across the clients"):
+        fit(MixesLittle, trainer={"precision": "64-true"})
+
+
+def test_the_first_wave_that_tells_something_is_compared() -> None:
+    class MixesLater(MixesClients):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss if self.current_epoch else None
+
+    with pytest.raises(RuntimeError, match="works across the clients"):
+        fit(MixesLater)
+
+
+class NormsAndKeeps(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def between(self, hidden: Tensor) -> Tensor:
+        self.kept = self.norm(hidden).relu()
+        return self.kept
+
+
+def test_rows_that_were_copied_are_restored_too() -> None:
+    module = NormsAndKeeps()
+    strategy = GossipStrategy(num_clients=6, clients_per_step=3, rows_device="cpu")
+    with pytest.raises(RuntimeError, match="keeps a tensor"):
+        silent_trainer(strategy).fit(module, loaders(clients(6))[0])
+    buffers = strategy.bank.buffers.matrix
+    assert torch.equal(buffers, buffers[:1].expand_as(buffers)) and not strategy.bank.counters.matrix.any()
+
+
+def test_objects_that_cannot_be_compared_are_named() -> None:
+    class Named(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch["pair"], batch_idx)
+
+    def collate(samples: Any) -> dict[str, Any]:
+        return {"pair": torch.utils.data.default_collate(samples), "weights": np.ones(3)}
+
+    loader = torch.utils.data.DataLoader(clients(6), 4, collate_fn=collate)
+    with pytest.raises(RuntimeError, match="the minibatches hold ndarray objects"):
+        silent_trainer(GossipStrategy(num_clients=6, clients_per_step=3)).fit(Named(), loader)
 
 
 class Watches(pl.Callback):
@@ -170,6 +289,21 @@ class Momentless(torch.optim.SGD):
         return super().step(closure)
 
 
+class CountsInGroups(torch.optim.SGD):
+    def __init__(self, parameters: Any) -> None:
+        super().__init__([{"params": list(parameters), "steps": 0}], lr=0.1)
+
+    def step(self, closure: Any = None) -> Any:
+        self.param_groups[0]["steps"] += 1
+        return super().step(closure)
+
+
+def hooked(parameters: Any) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
 class WithOptimizer(Plain):
     def __init__(self, make: Any) -> None:
         super().__init__()
@@ -190,6 +324,9 @@ SETTINGS: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (lambda: WithOptimizer(torch.optim.LBFGS), {}, "the optimizer LBFGS does not step stacked clients"),
     (lambda: WithOptimizer(torch.optim.Adafactor), {}, "the optimizer Adafactor does not work entry by entry"),
+    (lambda: WithOptimizer(lambda p: torch.optim.Adam(p, fused=True)), {}, "the optimizer Adam does not work entry by"),
+    (lambda: WithOptimizer(CountsInGroups), {}, "the optimizer CountsInGroups changes 'steps' in its param_groups"),
+    (lambda: WithOptimizer(hooked), {}, "the optimizer SGD has hooks"),
     (lambda: torch.compile(Plain(), backend="eager"), {}, "is compiled"),
 ]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_fed import DFedSAMStrategy, EControlStrategy, FedAvgStrategy, GossipStrategy, MoDeSTStrategy
 from lightning_fed.compression import TopK
+from lightning_fed.federation.local_rules import LocalRule, SharpnessAwareRule
 from lightning_fed.federation.participation import UniformSample
 from lightning_fed.federation.strategy import FederatedStrategy
 from lightning_fed.federation.vectorized_step import VectorizedStep
@@ -58,8 +59,9 @@ class Logging(pl.LightningModule):
         self.log("loss", loss, on_step=True, on_epoch=True)
         self.log_dict({"acc": accuracy, "constant": 2.0}, on_step=False, on_epoch=True)
         self.log("most", accuracy, on_step=False, on_epoch=True, reduce_fx="max")
+        self.log("shaped", accuracy.reshape(1), on_step=True)
         self.log("samples", float(len(labels)), on_step=False, on_epoch=True, reduce_fx="sum")
-        return {"loss": loss, "logits": logits.detach().mean()}
+        return {"loss": loss, "logits": {"mean": logits.detach().mean(), "count": len(labels)}}
 
     def configure_optimizers(self) -> Any:
         return self.optimizer(self.parameters())
@@ -223,3 +225,127 @@ def test_clients_log_the_same_one_by_one_and_together() -> None:
         return GossipStrategy(log_clients=True, **settings)
 
     assert_equal(make, 4)
+
+
+class Scale(nn.Module):
+    """A parameter that is one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.factor * hidden
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.signs = nn.Parameter(torch.randn(6, 16))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + nn.functional.embedding((hidden > 0).long(), self.signs, padding_idx=-5).mean(1)
+
+
+class LinearOfNumbers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.linspace(-1, 1, 16)), nn.Parameter(torch.tensor(0.5))
+        self.matrix = nn.Parameter(torch.eye(16))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = nn.functional.linear(hidden, self.matrix, self.bias)
+        return hidden * nn.functional.linear(hidden, self.weight).unsqueeze(1)
+
+
+class Shrinks(nn.Linear):
+    """Changes its own weight at every step."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.mul_(0.9)
+        return super().forward(hidden)
+
+
+def with_layer(layer: Any, optimizer: Any = None) -> Any:
+    def module() -> Logging:
+        built = Logging(norm=False, optimizer=optimizer)
+        built.net.insert(1, layer())
+        return built
+
+    return module
+
+
+@pytest.mark.parametrize("layer", [Scale, Padded, LinearOfNumbers, lambda: Shrinks(16, 16)])
+def test_unusual_layers_stay_each_clients_own(layer: Any) -> None:
+    assert_equal(STRATEGIES["dfedsam"], 4, rounds=3, module=with_layer(layer), gradient_clip_val=0.3)
+
+
+class CountsInGroups(torch.optim.SGD):
+    """Counts its steps where it has added a number to its parameter groups."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure else None
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad /= group["steps"]
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("name", ["NAdam", "ASGD", "counts in groups"])
+def test_counts_of_optimizers_stay_each_clients_own(name: str) -> None:
+    def make(**settings: Any) -> FederatedStrategy:
+        return GossipStrategy(optimizer_state="keep", participation=UniformSample(size=4), **settings)
+
+    kind: Any = CountsInGroups if name == "counts in groups" else getattr(torch.optim, name)
+    assert_equal(make, 3, num_clients=6, module=with_layer(Scale, lambda p: kind(p, lr=0.003)))
+
+
+class Decay(LocalRule):
+    works_on_waves = True
+
+    @torch.no_grad()
+    def before_optimizer_step(self, clients: Any, parameters: Any) -> None:
+        for parameter, _ in parameters:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter, alpha=0.3)
+
+
+@pytest.mark.parametrize("rule", [Decay(), SharpnessAwareRule(0.05)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **s: GossipStrategy(method="tracking", local_steps=1, **s),
+        lambda **s: EControlStrategy(TopK(1.0), local_steps=2, **s),
+    ],
+)
+def test_local_rules_see_the_gradients_that_meet(make: Any, rule: LocalRule) -> None:
+    assert_equal(lambda **settings: make(local_rule=rule, **settings), 4, rounds=3)
+
+
+class Skips(Logging):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if batch_idx % 3 == 0 else super().training_step(batch, batch_idx)
+
+
+def test_a_step_may_leave_minibatches_out() -> None:
+    assert_equal(STRATEGIES["gossip"], 4, rounds=2, module=Skips)
+
+
+class Outputs(pl.Callback):
+    def __init__(self) -> None:
+        self.means: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.means.append(float(outputs["logits"]["mean"]))
+        assert outputs["logits"]["count"] == 4 and pl_module.net[0].weight.shape == (16, FEATURES)  # of one client
+
+
+def test_outputs_are_the_last_clients() -> None:
+    alone, together = Outputs(), Outputs()
+    for clients_per_step, callback in ((1, alone), (4, together)):
+        train(STRATEGIES["gossip"], clients_per_step, rounds=2, dataset=clients(10, 8, 0), callbacks=[callback])
+    assert len(alone.means) == 4 and together.means == pytest.approx(alone.means, abs=1e-10)
