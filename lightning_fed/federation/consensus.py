@@ -25,7 +25,7 @@ def refresh_consensus(strategy: FederatedStrategy) -> None:
             bank.consensus = [
                 strategy.consensus(bank.rows.matrix, exchange).to(device),
                 strategy.consensus_buffers(bank.buffers.matrix, exchange).to(device),
-                exchange.sum(counters.clone()).to(device),
+                exchange.sum(counters.clone()).to(device) if len(counters) else counters,
             ]
         strategy.consensus_is_stale = False
     bank.bind_consensus()
