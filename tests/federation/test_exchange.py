@@ -12,7 +12,7 @@ from lightning_fed.federation.layout import Layout
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", [1, 37, COLUMNS_PER_BLOCK + 5])
+@pytest.mark.parametrize("width", [1, 37, COLUMNS_PER_BLOCK[1] + 5])
 @pytest.mark.parametrize("num_clients", [1, 4, 64])
 def test_loopback_keeps_the_contract(num_clients: int, width: int, dtype: torch.dtype) -> None:
     check_exchange(LoopbackExchange(Layout(num_clients)), width, dtype)
@@ -20,13 +20,13 @@ def test_loopback_keeps_the_contract(num_clients: int, width: int, dtype: torch.
 
 @pytest.mark.parametrize("num_clients", [4, 64])
 def test_loopback_keeps_the_contract_on_strided_rows(num_clients: int) -> None:
-    check_exchange(LoopbackExchange(Layout(num_clients)), COLUMNS_PER_BLOCK + 5, torch.float32, padding=11)
+    check_exchange(LoopbackExchange(Layout(num_clients)), COLUMNS_PER_BLOCK[1] + 5, torch.float32, padding=11)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_loopback_keeps_the_contract_on_a_gpu(dtype: torch.dtype) -> None:
-    check_exchange(LoopbackExchange(Layout(64)), COLUMNS_PER_BLOCK + 5, dtype, device="cuda", padding=11)
+    check_exchange(LoopbackExchange(Layout(64)), COLUMNS_PER_BLOCK[1] + 5, dtype, device="cuda", padding=11)
 
 
 def test_both_the_sparse_and_the_dense_path_are_taken() -> None:
