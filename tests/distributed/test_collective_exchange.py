@@ -18,7 +18,7 @@ def contract_on_this_rank() -> None:
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     assert dist.group.WORLD is not None
-    for num_clients, width in ((world_size, 37), (13, 1), (64, COLUMNS_PER_BLOCK + 5)):
+    for num_clients, width in ((world_size, 37), (13, 1), (64, COLUMNS_PER_BLOCK[1] + 5)):
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             exchange = CollectiveExchange(Layout(num_clients, world_size), rank, dist.group.WORLD)
             check_exchange(exchange, width, dtype)

@@ -69,7 +69,7 @@ def own(exchange: ElasticExchange, common_NP: Tensor) -> Tensor:
 
 def keep_the_contract(num_clients: int) -> None:
     with exchange_on_this_rank(num_clients) as exchange:
-        cases = [(width, dtype) for width in (37, 1, COLUMNS_PER_BLOCK + 5) for dtype in TOLERANCE]
+        cases = [(width, dtype) for width in (37, 1, COLUMNS_PER_BLOCK[1] + 5) for dtype in TOLERANCE]
         for round, (width, dtype) in enumerate(cases):
             common = common_rows(num_clients, width, dtype)
 
