@@ -21,8 +21,8 @@ import torch.distributed as dist
 from workloads import WORKLOADS, Measured, Workload, alternate, federated, make_data, plain, quieten
 
 PLAIN, PLAIN_SHARED = "plain loop", "plain loop, shared"
-SEQUENTIAL, VECTORISED = "sequential", "vectorised"
-SIDES = (PLAIN, PLAIN_SHARED, SEQUENTIAL, VECTORISED)
+SEQUENTIAL, VECTORIZED = "sequential", "vectorized"
+SIDES = (PLAIN, PLAIN_SHARED, SEQUENTIAL, VECTORIZED)
 LAUNCHED = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SECONDS = 1800  # after which a session is taken for stuck
 NOT_HERE = Measured(*[math.nan] * len(Measured._fields))
@@ -39,7 +39,7 @@ def run_session(
         devices: ranks.
         sides: of ``SIDES``; "shared" is the plain loop on all ranks.
         repeats: runs of each side.
-        clients_per_step: of the vectorised side: a number, or ``auto``.
+        clients_per_step: of the vectorized side: a number, or ``auto``.
 
     Raises:
         RuntimeError: with what the ranks said, if they failed.
@@ -71,10 +71,10 @@ def session(args: argparse.Namespace) -> dict[str, list[Measured]]:
         def on_rank_zero() -> Measured:
             return plain(work, data, rounds) if rank == 0 else NOT_HERE
 
-        vectorised: dict[str, Any] = {"clients_per_step": clients_per_step(args.clients_per_step)}
+        vectorized: dict[str, Any] = {"clients_per_step": clients_per_step(args.clients_per_step)}
         runs: dict[str, Callable[[], Measured]] = {
             SEQUENTIAL: lambda: federated(work, data, rounds, args.devices),
-            VECTORISED: lambda: federated(work, data, rounds, args.devices, **vectorised),
+            VECTORIZED: lambda: federated(work, data, rounds, args.devices, **vectorized),
             PLAIN_SHARED: lambda: plain(work, data, rounds, rank, args.devices),
             PLAIN: on_rank_zero,
         }

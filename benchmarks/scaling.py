@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
-from rank_session import PLAIN, PLAIN_SHARED, SEQUENTIAL, VECTORISED, clients_per_step, run_session
+from rank_session import PLAIN, PLAIN_SHARED, SEQUENTIAL, VECTORIZED, clients_per_step, run_session
 from torch import Tensor
 from workloads import (
     PINNED,
@@ -86,7 +86,7 @@ def against(runs: Sequence[Measured], base: Sequence[Measured], field: str) -> t
 def trainer_sides(args: argparse.Namespace, clients_together: int) -> dict[str, dict[str, Any]]:
     """The settings of our sides that are asked for."""
     together = clients_per_step(args.clients_per_step or str(clients_together))
-    sides: dict[str, dict[str, Any]] = {SEQUENTIAL: {}, VECTORISED: {"clients_per_step": together}}
+    sides: dict[str, dict[str, Any]] = {SEQUENTIAL: {}, VECTORIZED: {"clients_per_step": together}}
     return {side: settings for side, settings in sides.items() if side in args.sides}
 
 
@@ -321,8 +321,8 @@ def draw(panels: list[Panel]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--sides", nargs="+", choices=(SEQUENTIAL, VECTORISED), default=(SEQUENTIAL, VECTORISED))
-    parser.add_argument("--clients-per-step", help="of the vectorised side, or `auto`; by default 10")
+    parser.add_argument("--sides", nargs="+", choices=(SEQUENTIAL, VECTORIZED), default=(SEQUENTIAL, VECTORIZED))
+    parser.add_argument("--clients-per-step", help="of the vectorized side, or `auto`; by default 10")
     parser.add_argument("--rounds", type=int, help="of each run; by default 20, fewer where rounds are long")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--clients", nargs="+", type=int, default=[10, 100, 1000, 10_000])

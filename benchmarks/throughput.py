@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from peer_drivers import Peers
-from rank_session import PLAIN, PLAIN_SHARED, SEQUENTIAL, VECTORISED, clients_per_step, run_session
+from rank_session import PLAIN, PLAIN_SHARED, SEQUENTIAL, VECTORIZED, clients_per_step, run_session
 from stacked_loops import STACKED, stacked
 from workloads import (
     WORKLOADS,
@@ -49,11 +49,11 @@ BMM, VMAP = STACKED
 ON_RANKS = "two ranks: "
 SIDES = {
     "sequential": SEQUENTIAL,
-    "vectorised": VECTORISED,
+    "vectorized": VECTORIZED,
     "bmm": BMM,
     "vmap": VMAP,
     "ranks": ON_RANKS + SEQUENTIAL,
-    "ranks-vectorised": ON_RANKS + VECTORISED,
+    "ranks-vectorized": ON_RANKS + VECTORIZED,
     "ranks-plain": ON_RANKS + PLAIN_SHARED,
 }
 HAND_STACKED = ("W1", "W3", "W4")  # stacked convolutions lose on a CPU, and bmm has none
@@ -122,7 +122,7 @@ def one_rank_sides(
     sides: dict[str, Callable[[int], Measured]] = {
         PLAIN: lambda rounds: plain(work, data, rounds),
         SEQUENTIAL: lambda rounds: federated(work, data, rounds, logs_loss=args.log),
-        VECTORISED: lambda rounds: federated(work, data, rounds, logs_loss=args.log, **together),
+        VECTORIZED: lambda rounds: federated(work, data, rounds, logs_loss=args.log, **together),
     }
     if name in HAND_STACKED:
         sides[BMM] = lambda rounds: stacked(work, data, rounds, BMM)
@@ -131,14 +131,14 @@ def one_rank_sides(
 
 
 def clients_together(work: Workload, args: argparse.Namespace) -> str:
-    """The ``clients_per_step`` of the vectorised sides."""
+    """The ``clients_per_step`` of the vectorized sides."""
     return args.clients_per_step or str(work.clients_per_step)
 
 
 def two_ranks(name: str, work: Workload, args: argparse.Namespace) -> Iterator[Row]:
     """The sides on two ranks, with the plain loop on one of them as their reference."""
     wanted = [side.removeprefix(ON_RANKS) for side in args.sides if side.startswith(ON_RANKS)]
-    if not any(side in wanted for side in (SEQUENTIAL, VECTORISED)):
+    if not any(side in wanted for side in (SEQUENTIAL, VECTORIZED)):
         return  # only a fit starts the ranks
     runs = run_session(name, work, 2, [PLAIN, *wanted], args.repeats, clients_together(work, args))
     references = runs.pop(PLAIN)
@@ -186,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="beside the plain loop")
-    parser.add_argument("--clients-per-step", help="of the vectorised sides, or `auto`; by default 10, W4: 100")
+    parser.add_argument("--clients-per-step", help="of the vectorized sides, or `auto`; by default 10, W4: 100")
     parser.add_argument("--rounds", type=int, help="of each run; by default 20, 6, 6 and 10")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)

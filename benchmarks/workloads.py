@@ -95,7 +95,7 @@ class Workload:
         shape: of one input; ``(64,)`` and ``(32,)`` are digits (whole, or every second pixel), images are synthetic.
         cohort: clients active in a round.
         steps: of a client in a round, over its ``steps * batch`` samples in file order.
-        clients_per_step: of the vectorised side.
+        clients_per_step: of the vectorized side.
     """
 
     title: str

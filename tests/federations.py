@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -48,19 +49,24 @@ def clients(num_clients: int, smallest: int = 10, step: int = 2) -> FederatedDat
     return FederatedDataset(samples(int(starts[-1])), indices)
 
 
+def small_network(norm: bool = True, dropout: float = 0.2) -> nn.Sequential:
+    """With BatchNorm and dropout, if wanted: what may depend on the layout, or on who shares a step."""
+    return nn.Sequential(
+        nn.Linear(FEATURES, 16),
+        nn.BatchNorm1d(16) if norm else nn.Identity(),
+        nn.Tanh(),
+        nn.Dropout(dropout),
+        nn.Linear(16, CLASSES),
+    )
+
+
 class Classifier(pl.LightningModule):
     """A small network with BatchNorm, dropout and logs: whatever may depend on the layout."""
 
     def __init__(self, norm: bool = True, dropout: float = 0.2, momentum: float = 0.0, lr: float = 0.1) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.net = nn.Sequential(
-            nn.Linear(FEATURES, 16),
-            nn.BatchNorm1d(16) if norm else nn.Identity(),
-            nn.Tanh(),
-            nn.Dropout(dropout),
-            nn.Linear(16, CLASSES),
-        )
+        self.net = small_network(norm, dropout)
         self.train_accuracy = MulticlassAccuracy(CLASSES, average="micro")
         self.val_accuracy = MulticlassAccuracy(CLASSES, average="micro")
 
@@ -114,11 +120,19 @@ def loaders(dataset: Any, batch_size: int = 4, shuffle: bool = True) -> tuple[Da
     return DataLoader(dataset, batch_size, shuffle=shuffle), DataLoader(samples(37, seed=1), 10)
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks of the default process group, or this one's alone."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def all_rows(strategy: FederatedStrategy) -> np.ndarray:
     """The rows of all clients, parameters and float buffers, ``[N, P + B]``; a collective call."""
     bank = strategy.bank
     mine = torch.cat([bank.rows.matrix, bank.buffers.matrix], dim=1).cpu().numpy()
-    blocks = {block[0]: block[1] for block in strategy.gather_objects((strategy.exchange.clients.start, mine))}
+    blocks = {block[0]: block[1] for block in gather_objects((strategy.exchange.clients.start, mine))}
     return np.concatenate([blocks[start] for start in sorted(blocks)])
 
 

@@ -63,7 +63,7 @@ def test_the_readmes_federation_of_nodes_that_come_and_go_trains() -> None:
 
 
 def test_the_readmes_clients_train_together(in_tmp_path: Path) -> None:
-    trainer = execute(ROOT / "README.md", example(ROOT / "README.md", "vectorised"))["trainer"]
+    trainer = execute(ROOT / "README.md", example(ROOT / "README.md", "vectorized"))["trainer"]
     trainer.fit_loop.max_epochs = 2
     trainer.fit(ImageClassifier("mlp"), DigitsDataModule(num_clients=100))
     assert trainer.strategy.round == 2 and trainer.strategy.local_step.clients_per_step.begin(20) == 10

@@ -382,7 +382,7 @@ class SharpnessAware(GradientCallback):
 
     def _count_fallbacks_of_clients(self, trainer: Trainer) -> None:
         assert self._rule is not None and isinstance(trainer.strategy, FederatedStrategy)
-        self.fallbacks += sum(trainer.strategy.gather_objects(self._rule.fallbacks))
+        self.fallbacks += sum(trainer.strategy.gather_plain(self._rule.fallbacks))
         self._rule.fallbacks = 0
 
     def state_dict(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class FederationCheckpoint:
     def write_clients(strategy: FederatedStrategy, checkpoint: dict[str, Any], path: Path) -> Path:
         """Write this rank's clients, and put the header into the ordinary checkpoint; returns the directory."""
         bank, layout = strategy.bank, strategy.layout
-        directory = path.with_name(f"{path.stem}.federation-{strategy.broadcast(uuid.uuid4().hex[:8])}")
+        directory = path.with_name(f"{path.stem}.federation-{strategy.gather_plain(uuid.uuid4().hex[:8])[0]}")
         hosts = [strategy.global_rank] if strategy.is_elastic else range(layout.num_hosts)
         blocks = [layout.clients_of(host) for host in hosts]
         checkpoint[KEY] = {

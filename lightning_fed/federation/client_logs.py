@@ -59,13 +59,16 @@ class LogEntry:
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        assert self.value is not None
-        return {**vars(self), "value": float(self.value)}
+        return {**vars(self), "value": None if self.value is None else float(self.value)}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> LogEntry:
         """Inverse of :meth:`to_plain`."""
-        return cls(**{**plain, "value": torch.tensor(plain["value"], dtype=torch.float64)})
+        value = plain["value"]
+        return cls(**{**plain, "value": None if value is None else torch.tensor(value, dtype=torch.float64)})
+
+
+Logs = dict[str, LogEntry]
 
 
 def ignore_log(*args: Any, **kwargs: Any) -> None:
@@ -87,7 +90,7 @@ class ClientLogs:
     on_step: bool
     on_epoch: bool
     per_client: bool = False
-    entries: dict[str, LogEntry] = field(default_factory=dict)
+    entries: Logs = field(default_factory=dict)
     _step_values: dict[str, tuple[list[Tensor], LogEntry]] = field(default_factory=dict)
     _batch: Any = None
     _clients: Sequence[int] = ()
@@ -185,16 +188,14 @@ class ClientLogs:
             self._publish(name, mean, entry, on_step=True)
         self._step_values = {}
 
-    def publish_epoch(self, gather: Callable[[Any], list[Any]]) -> None:
+    def publish_epoch(self, gather: Callable[[Logs], list[Logs]]) -> None:
         """Log the epoch's values, reduced over all ranks. Every rank calls it, whatever it has logged.
 
         Args:
-            gather: returns the objects of all ranks, in rank order.
+            gather: returns what all ranks have logged, in rank order.
         """
-        for entry in self.entries.values():
-            entry.value = entry.value.cpu() if entry.value is not None else None  # not another rank's GPU's memory
         ranks, self.entries = gather(self.entries), {}
-        merged: dict[str, LogEntry] = {}
+        merged: Logs = {}
         for entries in ranks:
             for name, entry in entries.items():
                 if name in merged:

@@ -187,7 +187,7 @@ class ClientBank:
         self.move_aside(states, self.rows.bound.device)
         for optimizer, state in zip(self.optimizers, states):
             optimizer.state = state
-        self.bind_added([state.pop(ADDED, {}) for state in states])
+        self._bind_added(client)
         if self.keep_gradients:
             for parameter, gradient in zip(self.parameters, self._gradients.pop(client, [None] * len(self.parameters))):
                 parameter.grad = gradient if gradient is None else gradient.to(parameter.device)
@@ -302,7 +302,8 @@ class ClientBank:
 
     def has_optimizer_state(self, client: int) -> bool:
         """Whether a client's optimizers have stepped since they were last reset."""
-        return any(self.optimizer_states(client))
+        self.waves.dissolve(client)
+        return any(self._optimizer_states.get(self._stepper(client), ()))
 
     def bind_added(self, added: list[dict[Any, dict[str, Any]]]) -> None:
         """Inverse of :meth:`take_added`."""
@@ -363,9 +364,7 @@ class ClientBank:
 
     def has_state(self, client: int) -> bool:
         """Whether a client keeps anything between steps beside its rows."""
-        self.waves.dissolve(client)
-        stepper = self._stepper(client)
-        return client == self.bound or stepper in self._scalers or any(self._optimizer_states.get(stepper, ()))
+        return client == self.bound or self._stepper(client) in self._scalers or self.has_optimizer_state(client)
 
     def state_of(self, client: int) -> dict[str, Any]:
         """What one client keeps between steps, as tensors and plain values."""

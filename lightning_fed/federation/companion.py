@@ -145,9 +145,11 @@ class Companion(Callback):
             peers.stop()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.strategy.peers is not None and self.strategy.peers.is_stopped:
+        peers = self.strategy.peers
+        if peers is not None and peers.is_stopped:
             trainer.should_stop = True
-        self.strategy.local_step.logs.publish_epoch(self.strategy.gather_logs)
+        gather = self.strategy.gather_logs if peers is None else peers.gather_logs
+        self.strategy.local_step.logs.publish_epoch(gather)
         if self.strategy.joint_index:
             rank_zero_warn(
                 f"epoch {trainer.current_epoch} ended within round {self.strategy.round} (after "
@@ -180,7 +182,7 @@ class Companion(Callback):
         monitors += [config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
         metrics = trainer.callback_metrics
         mine = {name: float(metrics[name]) for name in monitors if name is not None and name in metrics}
-        ranks = self.strategy.gather_objects(mine)
+        ranks = self.strategy.gather_plain(mine)
         for name in {name for values in ranks for name in values}:
             values = [values.get(name) for values in ranks]
             if len({str(value) for value in values}) > 1:

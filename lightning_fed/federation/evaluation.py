@@ -99,7 +99,7 @@ class Evaluation:
             if own is not None and self._step is not None:
                 self._evaluate_own_splits(own)
                 self._publish_clients("/own_split_mean", "/own_split_min", "/own_split_max")
-        self.logs.publish_epoch(self.strategy.gather_objects)
+        self.logs.publish_epoch(self.strategy.gather_logs)
 
     def _logs_of(self, client: int) -> ClientLogs:
         return self._client_logs.setdefault(client, ClientLogs(self.module, on_step=False, on_epoch=True))
@@ -136,8 +136,8 @@ class Evaluation:
 
     def _publish_clients(self, mean: str, minimum: str, maximum: str) -> None:
         """Log mean, minimum and maximum over clients under the user's names with these endings."""
-        mine = {client: self._client_values(client) for client in self._client_logs}
-        everyone = {client: values for rank in self.strategy.gather_objects(mine) for client, values in rank.items()}
+        mine = [(client, self._client_values(client)) for client in self._client_logs]
+        everyone = {client: values for rank in self.strategy.gather_plain(mine) for client, values in rank}
         names = dict.fromkeys(name for client in sorted(everyone) for name in everyone[client])
         for name in names:
             values = np.array([everyone[client][name] for client in sorted(everyone) if name in everyone[client]])

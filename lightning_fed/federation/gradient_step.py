@@ -49,8 +49,8 @@ class GradientStep:
         """
         slots = [self.bank.slot(client) for client in clients]
         start = 0
-        for parameter, shape in zip(self.bank.parameters, self.bank.rows.shapes):
-            stop = start + shape.numel()
+        for parameter, template in zip(self.bank.parameters, self.bank.rows.templates):
+            stop = start + template.numel()
             gradient = parameter.grad
             flat = torch.zeros(()) if gradient is None else gradient.reshape(len(clients), -1)
             self.gradients[slots, start:stop] = flat.to(self.gradients)
@@ -93,4 +93,4 @@ class GradientStep:
             parameter.grad = view
 
     def _views(self, vector_P: Tensor) -> tuple[Tensor, ...]:
-        return _unflatten_dense_tensors(vector_P, self.bank.rows.shapes)
+        return _unflatten_dense_tensors(vector_P, self.bank.rows.templates)

@@ -84,8 +84,7 @@ class LocalStep:
         self.takes_batch_idx = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self._manual_steps = 1
         self._outcome: Outcome = None, {}
-        self._gradient_step = GradientStep(strategy) if strategy.gathers_gradients else None
-        self.gathers = self._gradient_step is not None
+        self.gradient_step = GradientStep(strategy) if strategy.gathers_gradients else None
         self.hooks_in_use = hooks_of_a_step(module, strategy.precision_plugin)
         self.is_plain = not self.hooks_in_use and self.bank.scaler is None
         self.clients_per_step = ClientsPerStep(strategy.clients_per_step, self.device)
@@ -104,18 +103,12 @@ class LocalStep:
         try:
             check_vectorized(self)
         except CannotVectorize as error:
-            if self.clients_per_step.is_decided:
-                raise ValueError(f"clients_per_step={self.strategy.clients_per_step}: {error}: {WAY_OUT}") from error
-            self._give_up_waves(error)
+            self._give_up_waves(error, ValueError)
 
-    def _give_up_waves(self, error: CannotVectorize) -> None:
-        """Train clients one by one after all, if that was left open.
-
-        Raises:
-            RuntimeError: if it was not.
-        """
+    def _give_up_waves(self, error: CannotVectorize, refusal: type[Exception]) -> None:
+        """Train clients one by one after all, if that was left open; else raise the refusal."""
         if self.clients_per_step.is_decided:
-            raise RuntimeError(f"clients_per_step={self.strategy.clients_per_step}: {error}: {WAY_OUT}") from error
+            raise refusal(f"clients_per_step={self.strategy.clients_per_step}: {error}: {WAY_OUT}") from error
         self.clients_per_step.give_up(str(error))
         self._vectorized = None
 
@@ -143,9 +136,9 @@ class LocalStep:
         outcomes += self._run_one_by_one(left, optimizer, closure, step, lightning)
         self.clients_per_step.end(len(parts))
         result = mean_result(outcomes)
-        if self._gradient_step is not None and self.joint.is_last_of_round:
+        if self.gradient_step is not None and self.joint.is_last_of_round:
             self._part = None
-            self._gradient_step.step(result.loss, lightning)
+            self.gradient_step.step(result.loss, lightning)
         self._finish()
         if isinstance(closure, Closure):
             closure._result = result
@@ -164,7 +157,7 @@ class LocalStep:
                     outcomes.append(self._vectorized.run(self.joint, wave, optimizer, self._lean(step)))
                     left.difference_update(wave)
         except CannotVectorize as error:
-            self._give_up_waves(error)
+            self._give_up_waves(error, RuntimeError)
         finally:
             if self.bank.bound is None and parts:  # the module still looks like a wave
                 self.bank.show(parts[-1].client)
@@ -184,7 +177,7 @@ class LocalStep:
         take_step = direct_step(optimizer) if self.is_plain else None
         for part in parts:
             self._enter(part)
-            steps = part.steps_optimizer and self._gradient_step is None
+            steps = part.steps_optimizer and self.gradient_step is None
             if take_step is not None:
                 # What Lightning's closure and precision plugin do, without the hooks that nobody uses.
                 self._step, self._stepping = self._lean(step), optimizer if steps else None
@@ -194,9 +187,9 @@ class LocalStep:
                 lightning(closure) if steps else closure()
                 if isinstance(closure, Closure) and closure._result is not None:
                     outcomes.append((closure._result.loss, closure._result.extra))
-            if part.steps_optimizer and self._gradient_step is not None:
+            if part.steps_optimizer and self.gradient_step is not None:
                 self.before_optimizer_step(optimizer)
-                self._gradient_step.gather([part.client])
+                self.gradient_step.gather([part.client])
             elif part.steps_optimizer and self.bank.keep_gradients:
                 self.bank.clear_gradients()
         return outcomes
@@ -338,12 +331,6 @@ class LocalStep:
         self._part = None
         return gradient
 
-    def gather(self, clients: Sequence[int], is_complete: bool) -> None:
-        """Take a wave's gradients to where they meet, when they are accumulated."""
-        assert self._gradient_step is not None
-        if is_complete:
-            self._gradient_step.gather(clients)
-
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Let the local rule add to the gradients that the optimizer is going to use."""
         if self._part is not None:  # gradients that have met are nobody's own
@@ -357,10 +344,10 @@ class LocalStep:
             return
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         places, start = [], 0
-        for parameter, shape in zip(self.bank.parameters, self.bank.rows.shapes):
+        for parameter, template in zip(self.bank.parameters, self.bank.rows.templates):
             if id(parameter) in stepped:
-                places.append((parameter, slice(start, start + shape.numel())))
-            start += shape.numel()
+                places.append((parameter, slice(start, start + template.numel())))
+            start += template.numel()
         rule.before_optimizer_step(clients, places)
 
     def _average(self) -> None:

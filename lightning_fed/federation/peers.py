@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_fed.federation.client_logs import LogEntry
+from lightning_fed.federation.client_logs import LogEntry, Logs
 from lightning_fed.federation.peer_events import PeerEvents
 from lightning_fed.federation.peer_network import STORE_VARIABLE, PeerNetwork, store_address
 from lightning_fed.federation.survivors import Survivors
@@ -18,8 +18,6 @@ from lightning_fed.federation.survivors import Survivors
 # How long ranks wait at first for those that start more slowly, and how often they look.
 START_TIMEOUT = 60.0
 LOOK_INTERVAL = 0.02
-
-Logs = dict[str, LogEntry]
 
 
 class Peers:

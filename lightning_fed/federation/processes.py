@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.strategy import _ForwardRedirection
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from lightning_fed.checks import check_choice, check_counts, check_seconds, given
+from lightning_fed.federation.client_logs import LogEntry, Logs
 from lightning_fed.federation.elastic_exchange import ElasticExchange
 from lightning_fed.federation.elastic_launcher import ElasticScriptLauncher
 from lightning_fed.federation.exchange import CollectiveExchange, Exchange, LoopbackExchange
 from lightning_fed.federation.layout import Layout
 from lightning_fed.federation.peers import Peers
-from lightning_fed.federation.settings import check_choice, check_seconds
+from lightning_fed.federation.settings import check_backend
+
+SHORT_TEXT = 2048  # bytes
 
 
 class FederationProcesses(DDPStrategy):
@@ -52,7 +59,10 @@ class FederationProcesses(DDPStrategy):
         ping_timeout: float,
     ) -> None:
         check_choice("on_peer_loss", on_peer_loss, "raise", "drop")
-        check_seconds(ping_timeout=ping_timeout)
+        check_choice("start_method", start_method, "popen", "spawn", "fork", "forkserver")
+        check_counts(ranks_per_client=ranks_per_client, **given(num_clients=num_clients))
+        check_seconds(timeout=timeout, ping_timeout=ping_timeout)
+        check_backend(process_group_backend)
         if on_peer_loss == "drop" and ranks_per_client > 1:
             raise ValueError(
                 f"ranks_per_client={ranks_per_client} makes ranks average gradients at every step, where all must "
@@ -154,14 +164,44 @@ class FederationProcesses(DDPStrategy):
             peers.close()
         super().teardown()
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """The (small, picklable) values of all ranks, in rank order; of an elastic federation this rank's alone."""
+    def gather_plain(self, value: Any) -> list[Any]:
+        """The values of all ranks, in rank order; of an elastic federation this rank's alone.
+
+        Args:
+            value: what JSON can hold, so that nothing that comes from another rank is ever unpickled.
+        """
         if self.world_size == 1 or self.is_elastic:
             return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        return [json.loads(text) for text in gather_texts(json.dumps(value), self._device_of_messages)]
 
-    def gather_logs(self, logs: Any) -> list[Any]:
-        """What the clients of all ranks have logged in an epoch; in an elastic federation what the leader has heard."""
-        return self.gather_objects(logs) if self.peers is None else self.peers.gather_logs(logs)
+    @property
+    def _device_of_messages(self) -> torch.device:
+        return self.root_device if dist.get_backend() == "nccl" else torch.device("cpu")
+
+    def gather_logs(self, logs: Logs) -> list[Logs]:
+        """What all ranks have logged in an epoch, in rank order; of an elastic federation this rank's alone."""
+        if self.world_size == 1 or self.is_elastic:
+            return [logs]
+        ranks = self.gather_plain({name: entry.to_plain() for name, entry in logs.items()})
+        return [{name: LogEntry.from_plain(plain) for name, plain in of_rank.items()} for of_rank in ranks]
+
+
+def gather_texts(text: str, device: torch.device) -> list[str]:
+    """The texts of all ranks; a collective call. Short ones take a single message, long ones two."""
+    mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    length = SHORT_TEXT
+    while True:
+        sizes, everyone = gather_padded(mine, length, device)
+        if max(sizes) <= length:
+            return [bytes(theirs[:size].tolist()).decode() for theirs, size in zip(everyone, sizes)]
+        length = max(sizes)
+
+
+def gather_padded(message: Tensor, length: int, device: torch.device) -> tuple[list[int], Tensor]:
+    """The sizes of all ranks' messages, and their first ``length`` bytes ``[ranks, length]``, padded."""
+    head, part = torch.tensor([len(message)]).view(torch.uint8), message[:length]
+    mine = torch.cat([head, nn.functional.pad(part, (0, length - len(part)))]).to(device)
+    everyone = mine.new_empty(dist.get_world_size() * len(mine))
+    dist.all_gather_into_tensor(everyone, mine)
+    heads, parts = everyone.cpu().view(-1, len(mine)).split([len(head), length], dim=1)
+    return heads.contiguous().view(torch.int64).flatten().tolist(), parts

@@ -40,8 +40,8 @@ class Rows:
         self, tensors: Sequence[Tensor], num_rows: int, one_for_all: bool = False, in_host_memory: bool = False
     ) -> None:
         self.tensors = list(tensors)
-        # The shapes of one client, which the tensors have not while they are those of a wave.
-        self.shapes = [torch.empty(tensor.shape, device="meta") for tensor in self.tensors]
+        # With the shapes of one client, which the tensors have not while they are those of a wave.
+        self.templates = [torch.empty(tensor.shape, device="meta") for tensor in self.tensors]
         self.width = sum(tensor.numel() for tensor in self.tensors)
         self.one_for_all = one_for_all
         self.in_host_memory = in_host_memory and not one_for_all
@@ -102,7 +102,7 @@ class Rows:
 
     def bind(self, vector: Tensor) -> None:
         """Make the tensors views into ``vector`` ``[P]`` (a row, or the consensus model)."""
-        self._show(vector, _unflatten_dense_tensors(vector, self.shapes))
+        self._show(vector, _unflatten_dense_tensors(vector, self.templates))
 
     def bind_row(self, slot: int) -> None:
         """Make the tensors views into a row of the matrix, or into the working row that holds it meanwhile."""
@@ -111,17 +111,17 @@ class Rows:
             matrix, slot = self.take([slot]), 0
         if slot not in self._views:
             row = matrix[slot]
-            self._views[slot] = row, _unflatten_dense_tensors(row, self.shapes)
+            self._views[slot] = row, _unflatten_dense_tensors(row, self.templates)
         self._show(*self._views[slot])
 
     def bind_stack(self, matrix: Tensor) -> None:
         """Make the tensors views ``[M, *shape]`` of rows that were taken ``[M, P]``."""
         key = matrix.data_ptr(), len(matrix)
         if key not in self._stacks:
-            ends = accumulate(like.numel() for like in self.shapes)
+            ends = accumulate(like.numel() for like in self.templates)
             self._stacks[key] = [
                 matrix[:, end - like.numel() : end].view(len(matrix), *like.shape)
-                for end, like in zip(ends, self.shapes)
+                for end, like in zip(ends, self.templates)
             ]
         self._show(matrix, self._stacks[key])
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lightning_fed.checks import check_choice, check_counts, check_counts_or, check_flags, given
 from lightning_fed.federation.algorithm import Algorithm
 from lightning_fed.federation.checkpoint import FederationCheckpoint
 from lightning_fed.federation.clients import ClientBank
@@ -43,7 +44,7 @@ from lightning_fed.federation.sampler import (
     client_shards,
     federated_loader,
 )
-from lightning_fed.federation.settings import check_choice, check_counts, check_training
+from lightning_fed.federation.settings import check_parts, check_training, check_work
 from lightning_fed.federation.virtual_clock import VirtualClock
 
 
@@ -62,7 +63,7 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         evaluate: what ``validate`` and ``test`` measure: the ``"consensus"`` model, every one of the ``"clients"``'
             own models (logged as mean, minimum and maximum), or ``"both"``.
         ranks_per_client: ranks that train one client together; gradients are averaged inside the client.
-        clients_per_step: clients that train in one vectorised step (docs/vectorized.md); 1 trains them one by one,
+        clients_per_step: clients that train in one vectorized step (docs/vectorized.md); 1 trains them one by one,
             ``"auto"`` measures some numbers in the first steps and keeps the fastest.
         log_clients: log what a ``training_step`` logs for an epoch for each client too, as ``name/client_3``.
         rows_device: keep the clients' rows on the training ``"device"``, or on the ``"cpu"``, from where a client's row
@@ -105,9 +106,12 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         ping_timeout: float = 5.0,
         clock: VirtualClock | None = None,
     ) -> None:
-        check_counts(num_clients=num_clients, local_epochs=local_epochs, local_steps=local_steps)
-        check_counts(rounds_per_epoch=None if rounds_per_epoch == "pass" else rounds_per_epoch)
-        check_counts(clients_per_step=None if clients_per_step == "auto" else clients_per_step)
+        check_work(local_epochs, local_steps)
+        check_counts_or("pass", rounds_per_epoch=rounds_per_epoch)
+        check_counts_or("auto", clients_per_step=clients_per_step)
+        check_counts(0, **given(seed=seed))
+        check_flags(log_clients=log_clients)
+        check_parts(participation, local_rule, clock)
         check_choice("optimizer_state", optimizer_state, "reset", "keep")
         check_choice("float_buffers", float_buffers, "mix", "local")
         check_choice("evaluate", evaluate, "consensus", "clients", "both")

@@ -61,7 +61,7 @@ def check_vectorized(local_step: LocalStep) -> None:
         raise CannotVectorize(f"{local_step.hooks_in_use[0]} looks into the local step of a single client")
     if rule is not None and not rule.works_on_waves:
         raise CannotVectorize(f"{type(rule).__name__} is a local rule for single clients (works_on_waves=False)")
-    if not local_step.gathers:
+    if local_step.gradient_step is None:
         optimizer = local_step.strategy.optimizers[0]
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             raise CannotVectorize(f"the optimizer {type(optimizer).__name__} has hooks on the steps of single clients")

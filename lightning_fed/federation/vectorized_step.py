@@ -60,7 +60,7 @@ class VectorizedStep:
         for group in groups_of(joint):
             for start in range(0, len(group), clients_per_step):
                 numbers = group[start : start + clients_per_step]
-                if self.local_step.gathers:
+                if self.local_step.gradient_step is not None:
                     yield numbers
                     continue
                 first = 0
@@ -87,9 +87,9 @@ class VectorizedStep:
         self._batch = StackedBatch.of(joint, numbers)
         clients = [part.client for part in self._parts]
         local_step, bank = self.local_step, self.bank
-        steps = self._parts[0].steps_optimizer
+        steps, gradient_step = self._parts[0].steps_optimizer, local_step.gradient_step
         trial = None if self._is_tried else Trial(local_step, joint, self._parts, step)
-        bank.waves.bind(clients, steps_optimizers=not local_step.gathers)
+        bank.waves.bind(clients, steps_optimizers=gradient_step is None)
         try:
             with torch.enable_grad():
                 outputs = self._evaluate(self._logs)
@@ -101,11 +101,11 @@ class VectorizedStep:
                     local_step.apply_rule(backward, clients, bank.rows.bound, partial(self._recompute))
             if steps:
                 local_step.add_to_gradients(optimizer, clients)
-            if local_step.gathers:
-                local_step.gather(clients, steps)
-            elif steps:
-                self._clip(optimizer)
-                direct_step(optimizer)(closure=nothing)
+                if gradient_step is not None:
+                    gradient_step.gather(clients)
+                else:
+                    self._clip(optimizer)
+                    direct_step(optimizer)(closure=nothing)
         except CannotVectorize:
             if trial is not None:
                 trial.restore()

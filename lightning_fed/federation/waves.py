@@ -79,8 +79,8 @@ class Waves:
             return None
         return [
             [
-                (number, key, None if is_like(key, value, shape) else comparable(value))
-                for number, (parameter, shape) in enumerate(zip(self.bank.parameters, self.bank.rows.shapes))
+                (number, key, None if is_like(key, value, template) else comparable(value))
+                for number, (parameter, template) in enumerate(zip(self.bank.parameters, self.bank.rows.templates))
                 for key, value in state.get(parameter, {}).items()
             ]
             + [comparable(state.get(ADDED, {}))]
@@ -163,17 +163,17 @@ class Waves:
     def _of_all(self, states: Sequence[OptimizerState]) -> OptimizerState:
         """The ``state`` of an optimizer that steps several clients, from theirs."""
         stacked: OptimizerState = defaultdict(dict)
-        for parameter, shape in zip(self.bank.parameters, self.bank.rows.shapes):
+        for parameter, template in zip(self.bank.parameters, self.bank.rows.templates):
             for key, value in states[0].get(parameter, {}).items():
                 own = [state[parameter][key] for state in states]
-                stacked[parameter][key] = torch.stack(own) if is_like(key, value, shape) else copy_of(value)
+                stacked[parameter][key] = torch.stack(own) if is_like(key, value, template) else copy_of(value)
         return stacked
 
     def _of_one(self, stacked: OptimizerState, number: int) -> OptimizerState:
         own: OptimizerState = defaultdict(dict)
-        for parameter, shape in zip(self.bank.parameters, self.bank.rows.shapes):
+        for parameter, template in zip(self.bank.parameters, self.bank.rows.templates):
             for key, value in stacked.get(parameter, {}).items():
-                is_stacked = isinstance(value, Tensor) and value.dim() == shape.dim() + 1
+                is_stacked = isinstance(value, Tensor) and value.dim() == template.dim() + 1
                 own[parameter][key] = value[number] if is_stacked else copy_of(value)
         return own
 

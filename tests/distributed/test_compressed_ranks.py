@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from federations import Classifier, all_rows, clients, loaders, outcome, silent_trainer
+from federations import Classifier, all_rows, clients, gather_objects, loaders, outcome, silent_trainer
 from ranks import run_ranks
 
 from lightning_fed import EControlStrategy, GossipStrategy
@@ -95,7 +95,7 @@ def all_state(strategy: FederatedStrategy) -> dict[str, np.ndarray]:
             ]
         ),
     }
-    blocks = dict(strategy.gather_objects((strategy.exchange.clients.start, mine)))
+    blocks = dict(gather_objects((strategy.exchange.clients.start, mine)))
     return {name: np.concatenate([blocks[start][name] for start in sorted(blocks)]) for name in mine}
 
 

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from federations import CLASSES, FEATURES, all_rows, clients, loaders, silent_trainer
+from federations import all_rows, clients, loaders, silent_trainer, small_network
 from ranks import run_ranks
 from torch import Tensor, nn
 
@@ -21,8 +21,7 @@ class Noisy(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        layers = [nn.Linear(FEATURES, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, CLASSES)]
-        self.net = nn.Sequential(*layers)
+        self.net = small_network(dropout=0.3)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])

@@ -175,7 +175,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("module", STEPS)
-def test_a_step_that_cannot_be_vectorised_is_named_and_nothing_is_lost(module: type[pl.LightningModule]) -> None:
+def test_a_step_that_cannot_be_vectorized_is_named_and_nothing_is_lost(module: type[pl.LightningModule]) -> None:
     pl.seed_everything(1, verbose=False)
     broken = module()
     before = {name: value.clone() for name, value in broken.state_dict().items()}

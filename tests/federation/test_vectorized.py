@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from federations import CLASSES, FEATURES, all_rows, clients, loaders, silent_trainer
+from federations import CLASSES, FEATURES, all_rows, clients, loaders, silent_trainer, small_network
 from torch import Tensor, nn
 
 from lightning_fed import DFedSAMStrategy, EControlStrategy, FedAvgStrategy, GossipStrategy, MoDeSTStrategy
@@ -40,13 +40,7 @@ class Logging(pl.LightningModule):
 
     def __init__(self, norm: bool = True, dropout: float = 0.2, optimizer: Any = None) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(FEATURES, 16),
-            nn.BatchNorm1d(16) if norm else nn.Identity(),
-            nn.Tanh(),
-            nn.Dropout(dropout),
-            nn.Linear(16, CLASSES),
-        )
+        self.net = small_network(norm, dropout)
         self.register_buffer("center", torch.zeros(CLASSES))
         self.optimizer = optimizer or (lambda p: torch.optim.SGD(p, lr=0.1))
 
