@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lightning_fed.checks import check_counts, check_flags, check_kinds, check_numbers
+
 DRAWS = 1000
 # What a client may still want of a class that its own draw left out, once the classes it prefers are used up.
 FALLBACK_PREFERENCE = 1e-12
@@ -89,6 +91,7 @@ class Dirichlet(Partitioner):
 
     def __init__(self, alpha: float = 0.3, min_samples: int = 1, balanced: bool = False) -> None:
         check_concentration(alpha, min_samples)
+        check_flags(balanced=balanced)
         self.alpha = alpha
         self.min_samples = min_samples
         self.balanced = balanced
@@ -146,8 +149,7 @@ class Shards(Partitioner):
     """
 
     def __init__(self, shards_per_client: int = 2) -> None:
-        if shards_per_client < 1:
-            raise ValueError(f"shards_per_client={shards_per_client} must be at least 1.")
+        check_counts(shards_per_client=shards_per_client)
         self.shards_per_client = shards_per_client
 
     def split(self, labels: np.ndarray, num_clients: int, draw: np.random.Generator) -> list[np.ndarray]:
@@ -203,6 +205,7 @@ class ByAttribute(Partitioner):
     needs_labels = False
 
     def __init__(self, attribute: list[int] | list[str] | str | Path) -> None:
+        check_kinds((list, tuple, np.ndarray, str, Path), attribute=attribute)
         self.attribute = attribute
 
     def split(self, labels: np.ndarray, num_clients: int, draw: np.random.Generator) -> list[np.ndarray]:
@@ -277,7 +280,5 @@ def cut(proportions: np.ndarray, total: int) -> np.ndarray:
 
 
 def check_concentration(alpha: float, min_samples: int) -> None:
-    if not 0 < alpha < float("inf"):
-        raise ValueError(f"alpha={alpha} of the Dirichlet distribution must be above 0 and finite.")
-    if min_samples < 0:
-        raise ValueError(f"min_samples={min_samples} must not be negative.")
+    check_numbers("(0, inf)", alpha=alpha)
+    check_counts(0, min_samples=min_samples)

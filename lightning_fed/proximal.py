@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from lightning_fed.checks import check_numbers
+
 
 class ProximalOperator(ABC):
     """``prox_{eta r}(x) = argmin_z r(z) + ||z - x||^2 / (2 eta)`` of a regularizer r."""
@@ -29,8 +31,7 @@ class L1Norm(ProximalOperator):
     """
 
     def __init__(self, weight: float) -> None:
-        if not weight >= 0:
-            raise ValueError(f"weight={weight} must not be negative: it is the weight of the 1-norm.")
+        check_numbers("[0, inf)", weight=weight)
         self.weight = weight
 
     def apply_(self, rows_CP: Tensor, step_size: float) -> None:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_fed.checks import check_counts, check_kinds, check_numbers
+
 
 def ascent(
     weights: Sequence[Tensor],
@@ -134,14 +136,17 @@ class RhoSteps:
     """
 
     def __init__(self, values: list[float], milestones: list[int]) -> None:
+        check_kinds((list, tuple), values=values, milestones=milestones)
         if len(values) != len(milestones) + 1:
             raise ValueError(
                 f"{len(values)} values and {len(milestones)} milestones: there must be one radius more than milestones."
             )
-        if sorted(set(milestones)) != milestones:
+        for milestone in milestones:
+            check_counts(milestones=milestone)
+        if sorted(set(milestones)) != list(milestones):
             raise ValueError(f"milestones={milestones} must grow.")
         for value in values:
-            check_ball(value)
+            check_numbers("[0, inf)", values=value)
         self.values, self.milestones = values, milestones
 
     def __call__(self, step: int) -> float:
@@ -154,9 +159,12 @@ def check_ball(rho: float, p: float = 2.0, eta: float = 0.0) -> None:
     Raises:
         ValueError: naming the setting.
     """
+    check_numbers("[-inf, inf]", rho=rho, p=p, eta=eta)
     if not 0 <= rho < math.inf:
         raise ValueError(f"rho={rho} must not be negative or infinite: it is SAM's radius (the paper's is 0.05).")
     if not p > 1:
         raise ValueError(f"p={p} must be more than 1, the norm of SAM's ball: 2, or inf for a step along the sign.")
-    if not eta >= 0:
-        raise ValueError(f"eta={eta} must not be negative: ASAM adds it to the size of a weight (the paper's is 0.01).")
+    if not 0 <= eta < math.inf:
+        raise ValueError(
+            f"eta={eta} must not be negative or infinite: ASAM adds it to the size of a weight (the paper's is 0.01)."
+        )

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import networkx as nx
 import numpy as np
 
+from lightning_fed.checks import check_choice, check_counts, check_numbers, check_paths, given
 from lightning_fed.mixing_matrix import checked_doubly_stochastic, frozen, metropolis_weights, uniform_weights
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ class Topology(ABC):
     mixings: tuple[str, ...] = get_args(Mixing)
 
     def __init__(self, mixing: Mixing = "metropolis") -> None:
-        if mixing not in self.mixings:
-            raise ValueError(f"mixing={mixing!r} is unknown: choose one of {', '.join(self.mixings)}.")
+        check_choice("mixing", mixing, *self.mixings)
         self.mixing: str = mixing
         self._matrices: dict[tuple[int, int], np.ndarray] = {}
         self._connected: set[int] = set()
@@ -198,8 +198,7 @@ class Torus(Topology):
 
     def __init__(self, rows: int | None = None, mixing: Mixing = "metropolis") -> None:
         super().__init__(mixing)
-        if rows is not None and rows < 1:
-            raise ValueError(f"rows={rows} of the torus must be at least 1.")
+        check_counts(**given(rows=rows))
         self.rows = rows
 
     def graph(self, num_clients: int, round: int = 0) -> nx.Graph:
@@ -262,8 +261,8 @@ class RandomRegular(Topology):
 
     def __init__(self, degree: int, seed: int = 0, mixing: Mixing = "metropolis") -> None:
         super().__init__(mixing)
-        if degree < 1:
-            raise ValueError(f"degree={degree} of the random regular graph must be at least 1.")
+        check_counts(degree=degree)
+        check_counts(0, seed=seed)
         self.degree = degree
         self.seed = seed
 
@@ -304,8 +303,8 @@ class ErdosRenyi(Topology):
 
     def __init__(self, probability: float, seed: int = 0, mixing: Mixing = "metropolis") -> None:
         super().__init__(mixing)
-        if not 0 < probability <= 1:
-            raise ValueError(f"probability={probability} of an edge must be in (0, 1].")
+        check_numbers("(0, 1]", probability=probability)
+        check_counts(0, seed=seed)
         self.probability = probability
         self.seed = seed
 
@@ -351,6 +350,7 @@ class GraphFile(Topology):
 
     def __init__(self, path: str | Path, mixing: Literal["metropolis", "uniform", "file"] = "metropolis") -> None:
         super().__init__(cast(Mixing, mixing))
+        check_paths(path=path)
         self.path = Path(path)
 
     def graph(self, num_clients: int, round: int = 0) -> nx.Graph:

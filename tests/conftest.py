@@ -6,11 +6,16 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Before any library reads them, and for the processes that tests start.
 os.environ["WANDB_MODE"] = "offline"
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# The same examples in every run, and as much time for each as a busy machine needs.
+settings.register_profile("tests", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

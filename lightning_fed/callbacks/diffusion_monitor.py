@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_fed.callbacks.drawn_samples import diffusion_module, speaks
 from lightning_fed.callbacks.feature_pass import is_elastic
 from lightning_fed.callbacks.figures import figure_directory, new_figure, plot_line, save_figure
+from lightning_fed.checks import check_counts, check_flags, check_names, check_paths, given
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,8 +55,10 @@ class DiffusionMonitor(Callback):
     """
 
     def __init__(self, bins: int = 10, prefix: str = "noise", directory: str | None = None, plots: bool = True) -> None:
-        if bins < 1:
-            raise ValueError(f"bins={bins} must be at least 1.")
+        check_counts(bins=bins)
+        check_names(prefix=prefix)
+        check_paths(**given(directory=directory))
+        check_flags(plots=plots)
         self.bins, self.prefix, self.directory, self.plots = bins, prefix, directory, plots
         # For each logged name without prefix, (epochs done, value).
         self.curves: dict[str, list[tuple[int, float]]] = {}

@@ -30,6 +30,7 @@ from lightning_fed.callbacks.federation_plots import (
     draw_topology,
 )
 from lightning_fed.callbacks.figures import figure_directory, save_figure
+from lightning_fed.checks import check_counts, check_flags, check_paths, given
 from lightning_fed.data import labels_of
 from lightning_fed.federation.algorithm import RoundFacts
 from lightning_fed.federation.strategy import FederatedStrategy
@@ -79,8 +80,9 @@ class FederationMonitor(Callback):
     """
 
     def __init__(self, directory: str | None = None, every_n_rounds: int = 1, plots: bool = True) -> None:
-        if every_n_rounds < 1:
-            raise ValueError(f"every_n_rounds={every_n_rounds} must be at least 1.")
+        check_paths(**given(directory=directory))
+        check_counts(every_n_rounds=every_n_rounds)
+        check_flags(plots=plots)
         self.directory = directory
         self.every_n_rounds = every_n_rounds
         self.plots = plots

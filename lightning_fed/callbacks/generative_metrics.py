@@ -24,6 +24,7 @@ from lightning_fed.callbacks.feature_pass import is_elastic, on_device, samples_
 from lightning_fed.callbacks.figures import figure_directory, new_figure, save_figure
 from lightning_fed.callbacks.neural_collapse import sums_over_ranks
 from lightning_fed.callbacks.neural_collapse_plots import Curves, plot_measures
+from lightning_fed.checks import check_choice, check_counts, check_flags, check_kinds, check_names, check_paths, given
 from lightning_fed.data import GaussianMixtureDataModule
 from lightning_fed.metrics import (
     DigitsFeatures,
@@ -109,20 +110,17 @@ class GenerativeMetrics(Callback):
         directory: str | None = None,
         plots: bool = True,
     ) -> None:
-        positive = {
-            "every_n_epochs": every_n_epochs,
-            "num": num,
-            "steps": steps,
-            "max_batches": max_batches,
-            "batch_size": batch_size,
-        }
-        for name, value in positive.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
-        if data not in ("train", "val"):
-            raise ValueError(f"data={data!r} is unknown: use 'train' or 'val'.")
+        check_counts(every_n_epochs=every_n_epochs, num=num, batch_size=batch_size)
+        check_counts(**given(steps=steps, max_batches=max_batches))
+        check_counts(0, seed=seed)
+        check_choice("data", data, "train", "val")
         if not isinstance(extractor, nn.Module) and extractor not in ("pixels", "digits"):
             raise ValueError(f"extractor={extractor!r} is unknown: use 'pixels', 'digits' or a module.")
+        check_kinds(nn.Module, **given(classifier=classifier))
+        check_names(prefix=prefix)
+        check_paths(**given(directory=directory))
+        check_flags(plots=plots)
+        check_kinds((list, tuple), **given(measures=measures))
         if measures is not None and (not measures or set(measures) - set(get_args(Measure))):
             raise ValueError(f"measures={measures}: choose one or more of {', '.join(get_args(Measure))}.")
         self.every_n_epochs, self.num, self.steps, self.seed = every_n_epochs, num, steps, seed

@@ -12,6 +12,7 @@ from lightning_fed.callbacks.figures import figure_directory, new_figure, plot_l
 from lightning_fed.callbacks.neural_collapse import NeuralCollapseMonitor
 from lightning_fed.callbacks.neural_collapse_plots import Curves
 from lightning_fed.callbacks.sharpness_monitor import SharpnessMonitor
+from lightning_fed.checks import check_paths, given
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +39,7 @@ class GeometryReport(Callback):
     """
 
     def __init__(self, directory: str | None = None) -> None:
+        check_paths(**given(directory=directory))
         self.directory = directory
         self._images: Path | None = None
 

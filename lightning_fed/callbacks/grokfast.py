@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fed.callbacks.gradient_order import GradientCallback, global_norm, gradients, has_overflowed
+from lightning_fed.checks import check_choice, check_counts, check_names, check_numbers, given
 from lightning_fed.federation.strategy import FederatedStrategy
 
 STATE = "grokfast"  # the filter's place among a client's optimizer state
@@ -80,16 +81,15 @@ class Grokfast(GradientCallback):
         stop_monitor: str | None = None,
         stop_threshold: float = 0.95,
     ) -> None:
-        if filter not in ("ema", "ma"):
-            raise ValueError(f'filter={filter!r} must be "ema" or "ma".')
+        check_choice("filter", filter, "ema", "ma")
+        check_numbers(alpha=alpha, lamb=lamb, stop_threshold=stop_threshold)
+        check_counts(window=window)
+        check_counts(0, **given(warmup=warmup, stop_step=stop_step))
+        check_names(**given(stop_monitor=stop_monitor))
         if not 0 <= alpha < 1:
             raise ValueError(f"alpha={alpha} must be in [0, 1): it is the share of the past in the moving average.")
         if not lamb >= 0:
             raise ValueError(f"lamb={lamb} must not be negative: it is the weight of the slow part.")
-        if window < 1:
-            raise ValueError(f"window={window} must be at least 1 gradient.")
-        if warmup is not None and warmup < 0:
-            raise ValueError(f"warmup={warmup} must not be negative: it is a number of gradients.")
         self.filter, self.alpha, self.lamb, self.window = filter, alpha, lamb, window
         self.warmup = warmup if warmup is not None else window if filter == "ma" else 1
         self.stop_step, self.stop_monitor, self.stop_threshold = stop_step, stop_monitor, stop_threshold

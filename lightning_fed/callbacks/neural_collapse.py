@@ -37,6 +37,17 @@ from lightning_fed.callbacks.neural_collapse_plots import (
     draw_means,
     snapshot_of,
 )
+from lightning_fed.checks import (
+    check_callables,
+    check_choice,
+    check_counts,
+    check_flags,
+    check_kinds,
+    check_names,
+    check_pairs,
+    check_paths,
+    given,
+)
 from lightning_fed.metrics import ClassMoments, Moments, NearestCentreAgreement, collapse_measures
 
 if TYPE_CHECKING:
@@ -104,12 +115,16 @@ class NeuralCollapseMonitor(Callback):
         directory: str | None = None,
         plots: bool = True,
     ) -> None:
-        positive = {"every_n_epochs": every_n_epochs, "max_batches": max_batches, "batch_size": batch_size}
-        for name, value in positive.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
-        if data not in ("train", "val"):
-            raise ValueError(f"data={data!r} is unknown: use 'train' or 'val'.")
+        check_names(prefix=prefix, **given(head=head, layer=layer))
+        check_kinds((list, tuple), **given(layers=layers))
+        for name in layers or ():
+            check_names(layers=name)
+        check_counts(every_n_epochs=every_n_epochs, **given(max_batches=max_batches, batch_size=batch_size))
+        check_choice("data", data, "train", "val")
+        check_flags(nearest_centre=nearest_centre, plots=plots)
+        check_callables(**given(split_batch=split_batch, pool=pool))
+        check_pairs("(0, inf)", **given(decays=decays))
+        check_paths(**given(directory=directory))
         self.head, self.layer, self.layers = head, layer, list(layers or ())
         self.every_n_epochs, self.data = every_n_epochs, data
         self.max_batches, self.batch_size = max_batches, batch_size

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fed.callbacks.gradient_order import GradientCallback, gradients
+from lightning_fed.checks import check_flags
 
 
 class OrthogonalGradient(GradientCallback):
@@ -26,6 +27,7 @@ class OrthogonalGradient(GradientCallback):
     place = 1
 
     def __init__(self, rescale: bool = True) -> None:
+        check_flags(rescale=rescale)
         self.rescale = rescale
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lightning_fed.callbacks.federation_monitor import accuracies_in, federation_of
+from lightning_fed.checks import check_counts, check_flags
 
 SECONDS_BETWEEN_LOG_LINES = 10.0
 
@@ -34,6 +35,8 @@ class RoundProgressBar(TQDMProgressBar):
     """
 
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
+        check_counts(0, refresh_rate=refresh_rate, process_position=process_position)
+        check_flags(leave=leave)
         super().__init__(refresh_rate, process_position, leave)
         self._round = 0
 

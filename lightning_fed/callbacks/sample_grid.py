@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_fed.callbacks.drawn_samples import diffusion_module, labels_in_turn, speaks
 from lightning_fed.callbacks.feature_pass import undisturbed
 from lightning_fed.callbacks.figures import figure_directory, new_figure
+from lightning_fed.checks import check_counts, check_kinds, check_names, check_paths, given
 from lightning_fed.data import GaussianMixtureDataModule
 
 if TYPE_CHECKING:
@@ -68,10 +69,13 @@ class SampleGrid(Callback):
         prefix: str = "samples",
         directory: str | None = None,
     ) -> None:
-        positive = {"every_n_epochs": every_n_epochs, "num": num, "steps": steps}
-        for name, value in positive.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
+        check_counts(every_n_epochs=every_n_epochs, **given(num=num, steps=steps))
+        check_counts(0, seed=seed)
+        check_kinds((list, tuple), **given(class_labels=class_labels))
+        for label in class_labels or ():
+            check_counts(0, class_labels=label)
+        check_names(prefix=prefix)
+        check_paths(**given(directory=directory))
         if class_labels is not None and not class_labels:
             raise ValueError("class_labels=[] is empty: name the classes to draw, or leave it out for all of them.")
         self.every_n_epochs, self.num, self.steps, self.seed = every_n_epochs, num, steps, seed

@@ -26,6 +26,15 @@ from lightning_fed.callbacks.gradient_order import (
     scaler_of,
     skip_step,
 )
+from lightning_fed.checks import (
+    check_callables,
+    check_counts,
+    check_flags,
+    check_kinds,
+    check_names,
+    check_numbers,
+    given,
+)
 from lightning_fed.federation.local_rules import SharpnessAwareRule
 from lightning_fed.federation.strategy import FederatedStrategy
 from lightning_fed.second_pass import MicroBatch, loss_of, random_state, restore_random_state, untraced
@@ -84,8 +93,14 @@ class SharpnessAware(GradientCallback):
         rho_schedule: Callable[[int], float] | None = None,
     ) -> None:
         check_ball(rho, p, eta)
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1, which is SAM at each step.")
+        check_counts(every_n_steps=every_n_steps)
+        check_numbers("[0, inf)", reuse=reuse)
+        check_flags(adaptive=adaptive, m_sharpness=m_sharpness)
+        check_callables(**given(rho_schedule=rho_schedule))
+        if not callable(parameters):
+            check_kinds((str, list, tuple), parameters=parameters)
+            for pattern in parameters:
+                check_names(parameters=pattern)
         if isinstance(parameters, str) and parameters not in ("all", "normalization"):
             raise ValueError(f'parameters={parameters!r} must be "all", "normalization" or a list of name patterns.')
         self.rho, self.adaptive, self.eta, self.p = rho, adaptive, eta, p

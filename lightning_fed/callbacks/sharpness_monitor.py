@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from torchmetrics import Metric
 
 from lightning_fed.callbacks.feature_pass import as_consensus, described, is_elastic, on_device, samples_of
+from lightning_fed.checks import check_callables, check_choice, check_counts, check_names, check_numbers, given
 from lightning_fed.curvature import Hessian, loss_along, stability_threshold, top_eigenvalue, trace
 from lightning_fed.federation.randomness import seed_generators
 from lightning_fed.federation.strategy import FederatedStrategy
@@ -88,19 +89,19 @@ class SharpnessMonitor(Callback):
         loss: Callable[[LightningModule, Any], Tensor] | None = None,
         prefix: str = "sharpness",
     ) -> None:
-        least = {"every_n_epochs": 1, "num_batches": 1, "batch_size": 1, "iterations": 1, "trace_samples": 2}
-        given = {name: value for name, value in locals().items() if name in least and value is not None}
-        for name, value in given.items():
-            if value < least[name]:
-                raise ValueError(f"{name}={value} must be at least {least[name]}.")
+        check_counts(every_n_epochs=every_n_epochs, num_batches=num_batches, iterations=iterations)
+        check_counts(**given(batch_size=batch_size))
+        check_counts(2, trace_samples=trace_samples)
+        check_callables(**given(loss=loss))
+        check_names(prefix=prefix)
+        check_numbers(tolerance=tolerance)
         if not 0 < tolerance < 1:
             raise ValueError(f"tolerance={tolerance} must be in (0, 1): a share of the eigenvalue.")
         check_ball(rho)
         if rho == 0:
             raise ValueError("rho=0 is no radius: the loss does not rise over no distance (SAM's default is 0.05).")
-        for name, choice, choices in (("data", data, ("train", "val")), ("mode", mode, ("eval", "train"))):
-            if choice not in choices:
-                raise ValueError(f"{name}={choice!r} is unknown: use one of {choices}.")
+        check_choice("data", data, "train", "val")
+        check_choice("mode", mode, "eval", "train")
         self.every_n_epochs, self.num_batches, self.batch_size, self.data = (
             every_n_epochs,
             num_batches,

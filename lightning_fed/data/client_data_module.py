@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_fed.data.federated_dataset import FederatedDataset
+from lightning_fed.checks import check_counts, check_flags, check_kinds, check_numbers, given
+from lightning_fed.data.federated_dataset import FederatedDataset, check_samples
 from lightning_fed.partition import IID, Partitioner, label_counts
 
 
@@ -75,12 +76,13 @@ class ClientDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        positive = {"num_clients": num_clients, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
-        for name, value in positive.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
-        if not 0 <= client_eval_split < 1:
-            raise ValueError(f"client_eval_split={client_eval_split}, a share to hold out, must be in [0, 1).")
+        check_counts(num_clients=num_clients, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_counts(0, num_workers=num_workers, seed=seed)
+        check_numbers("[0, 1)", client_eval_split=client_eval_split)
+        check_flags(drop_last=drop_last)
+        check_kinds(Partitioner, **given(partitioner=partitioner))
+        check_kinds((list, tuple, np.ndarray, torch.Tensor), **given(labels=labels))
+        check_samples(**given(train=train, val=val, test=test))
         self.num_clients = num_clients
         self.partitioner = partitioner if partitioner is not None else IID()
         self.batch_size = batch_size

@@ -59,7 +59,7 @@ class DigitsDataModule(ClientDataModule):
             drop_last=drop_last,
             seed=seed,
         )
-        if pixels not in get_args(DigitsPixels):
+        if not isinstance(pixels, str) or pixels not in get_args(DigitsPixels):
             raise ValueError(f'pixels={pixels!r} is unknown: use "unit" for [0, 1] or "symmetric" for [-1, 1].')
         self.pixels: DigitsPixels = pixels
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from lightning_fed.checks import check_kinds, given
+
 
 class FederatedDataset(Dataset[Any]):
     """A map-style data set and the sample numbers of each client; samples pass through unchanged.
@@ -38,6 +40,7 @@ class FederatedDataset(Dataset[Any]):
         client_eval_indices: Sequence[np.ndarray] | None = None,
         eval_dataset: Dataset[Any] | None = None,
     ) -> None:
+        check_samples(dataset=dataset, **given(eval_dataset=eval_dataset))
         self.dataset = dataset
         self.client_indices = checked_indices("client_indices", client_indices, len(self))
         self.client_eval_indices: list[np.ndarray] | None = None
@@ -66,10 +69,24 @@ class FederatedDataset(Dataset[Any]):
         return self.dataset[index]
 
 
+def check_samples(**datasets: Any) -> None:
+    """Refuse what is no data set whose samples have numbers.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    for name, dataset in datasets.items():
+        if isinstance(dataset, str) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+            raise ValueError(f"{name}={dataset!r} must be a data set that has a length and numbers its samples.")
+
+
 def checked_indices(name: str, indices: Sequence[np.ndarray], size: int) -> list[np.ndarray]:
     """Copies of each client's sample numbers as int64 arrays; refuses numbers outside ``0 .. size-1``."""
     checked = []
+    check_kinds((list, tuple, np.ndarray), **{name: indices})
     for client, samples in enumerate(indices):
+        if np.ndim(samples) == 0:
+            raise ValueError(f"{name}[{client}]={samples!r} must list sample numbers.")
         array = np.asarray(samples)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from lightning_fed.checks import check_choice, check_counts, check_numbers
 from lightning_fed.data.client_data_module import ClientDataModule, Splits
 from lightning_fed.partition import Partitioner, Shards
 
@@ -76,12 +77,11 @@ class GaussianMixtureDataModule(ClientDataModule):
             drop_last=drop_last,
             seed=seed,
         )
-        if layout not in get_args(MixtureLayout):
-            raise ValueError(f'layout={layout!r} is unknown: use "ring" or "grid".')
-        if modes < 1 or (layout == "grid" and math.isqrt(modes) ** 2 != modes):
-            raise ValueError(f'modes={modes} must be at least 1, and a square number (4, 9, 25) for layout="grid".')
-        if not (std > 0 and extent > 0):
-            raise ValueError(f"std={std} and extent={extent} must be positive.")
+        check_choice("layout", layout, *get_args(MixtureLayout))
+        check_counts(modes=modes, train_samples=train_samples, eval_samples=eval_samples)
+        check_numbers("(0, inf)", std=std, extent=extent)
+        if layout == "grid" and math.isqrt(modes) ** 2 != modes:
+            raise ValueError(f'modes={modes} must be a square number (4, 9, 25) for layout="grid".')
         if min(train_samples, eval_samples) < modes:
             raise ValueError(
                 f"train_samples={train_samples}, eval_samples={eval_samples}: each must be at least modes={modes}."

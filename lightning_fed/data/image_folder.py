@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lightning_fed.checks import check_counts, check_flags, check_paths
 from lightning_fed.data.client_data_module import ClientDataModule, Splits
 from lightning_fed.partition import Partitioner
 
@@ -60,8 +61,9 @@ class ImageFolderDataModule(ClientDataModule):
             drop_last=drop_last,
             seed=seed,
         )
-        if image_size < 1:
-            raise ValueError(f"image_size={image_size}, a side in pixels, must be at least 1.")
+        check_paths(root=root)
+        check_counts(image_size=image_size)
+        check_flags(mirror=mirror)
         self.root, self.image_size, self.mirror = Path(root), image_size, mirror
 
     def splits(self) -> Splits:

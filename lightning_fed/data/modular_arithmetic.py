@@ -9,6 +9,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_fed.checks import check_choice, check_counts, check_numbers, given
+
 Operation = Literal["add", "subtract", "multiply", "divide"]
 
 
@@ -41,20 +43,21 @@ class ModularArithmeticDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if p < 2:
-            raise ValueError(f"p={p}, the modulus, must be at least 2.")
-        if operation not in ("add", "subtract", "multiply", "divide"):
-            raise ValueError(f'operation={operation!r} must be "add", "subtract", "multiply" or "divide".')
+        check_counts(2, p=p)
+        check_choice("operation", operation, "add", "subtract", "multiply", "divide")
+        check_counts(steps_per_epoch=steps_per_epoch, **given(batch_size=batch_size))
+        check_counts(0, seed=seed)
+        check_numbers(train_fraction=train_fraction)
         if operation == "divide" and any(p % divisor == 0 for divisor in range(2, int(p**0.5) + 1)):
             raise ValueError(
                 f"p={p} is no prime, so not every number has an inverse: divide modulo a prime such as 97."
             )
         if not 0 < train_fraction < 1:
             raise ValueError(f"train_fraction={train_fraction} must be in (0, 1): the rest is for validation.")
-        if steps_per_epoch < 1 or (batch_size is not None and (batch_size < 1 or steps_per_epoch > 1)):
+        if batch_size is not None and steps_per_epoch > 1:
             raise ValueError(
-                f"batch_size={batch_size}, steps_per_epoch={steps_per_epoch}: both must be at least 1, and only the "
-                "full batch (batch_size=None) can be repeated."
+                f"batch_size={batch_size}, steps_per_epoch={steps_per_epoch}: only the full batch (batch_size=None) "
+                "can be repeated."
             )
         self.p, self.operation, self.train_fraction = p, operation, train_fraction
         self.batch_size, self.steps_per_epoch, self.seed = batch_size, steps_per_epoch, seed

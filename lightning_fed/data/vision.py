@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from lightning_fed.checks import check_flags, check_names, check_numbers, check_paths
 from lightning_fed.data.client_data_module import ClientDataModule, Splits
 from lightning_fed.partition import Partitioner
 
@@ -107,10 +108,12 @@ class VisionDataModule(ClientDataModule):
             drop_last=drop_last,
             seed=seed,
         )
+        check_names(name=name, pixels=pixels)
+        check_paths(root=root)
+        check_flags(download=download, augment=augment)
+        check_numbers("[0, 1)", val_fraction=val_fraction)
         if name not in get_args(VisionName):
             raise ValueError(f"name={name!r} is not a known data set: choose one of {', '.join(get_args(VisionName))}.")
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} must be in [0, 1).")
         if pixels not in get_args(VisionPixels):
             raise ValueError(f'pixels={pixels!r} is unknown: use "standard" (normalised) or "symmetric" for [-1, 1].')
         self.name: str = name

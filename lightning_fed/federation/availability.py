@@ -5,14 +5,14 @@ from __future__ import annotations
 import heapq
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from lightning_fed.checks import check_choice, check_kinds, check_numbers, check_paths, given
 from lightning_fed.federation.randomness import Stream, derive_seed
-from lightning_fed.federation.settings import check_choice
 from lightning_fed.federation.tables import read_table
 
 Kind = Literal["join", "leave", "crash"]
@@ -93,16 +93,16 @@ class RandomChurn(Availability):
         self, crash_rate: float, return_rate: float, leave_fraction: float = 0.0, unit: Unit = "rounds"
     ) -> None:
         check_choice("unit", unit, *START)
+        check_numbers(crash_rate=crash_rate, return_rate=return_rate)
+        check_numbers("[0, 1]", leave_fraction=leave_fraction)
         most = 1.0 if unit == "rounds" else math.inf
         for name, rate in (("crash_rate", crash_rate), ("return_rate", return_rate)):
-            if not 0 <= rate <= most or math.isinf(rate):
+            if not 0 <= rate <= most:
                 raise ValueError(
                     f"{name}={rate} must be in [0, 1]: it is a probability per round. Use unit='seconds' for a rate."
                     if unit == "rounds"
                     else f"{name}={rate} must be a rate per second, finite and at least 0."
                 )
-        if not 0 <= leave_fraction <= 1:
-            raise ValueError(f"leave_fraction={leave_fraction} must be in [0, 1].")
         self.crash_rate = crash_rate
         self.return_rate = return_rate
         self.leave_fraction = leave_fraction
@@ -145,6 +145,7 @@ class AvailabilityTrace(Availability):
     """
 
     def __init__(self, path: str, unit: Unit = "seconds") -> None:
+        check_paths(path=path)
         check_choice("unit", unit, *START)
         self.path = path
         self.unit = unit
@@ -246,9 +247,11 @@ def by_round(setting: str, clients_of_round: dict[int, list[int]] | None) -> dic
         ValueError: for a round that is not a whole number of at least 1, or a client that is not one of at least 0.
     """
     rounds: dict[int, list[int]] = {}
+    check_kinds(Mapping, **given(**{setting: clients_of_round}))
     for key, clients in (clients_of_round or {}).items():
         if not str(key).isdecimal() or int(key) < 1:
             raise ValueError(f"{setting}: round {key!r} must be a whole number of at least 1.")
+        check_kinds((list, tuple), **{f"{setting}[{key}]": clients})
         wrong = [client for client in clients if not str(client).isdecimal()]
         if wrong:
             raise ValueError(f"{setting}: {wrong} of round {key} must be numbers of clients, counted from 0.")

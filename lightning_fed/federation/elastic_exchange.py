@@ -193,17 +193,17 @@ class ElasticExchange(Exchange):
     # ------------------------------------------------------------------------------------------------------- server
 
     @torch.no_grad()
-    def upload_mean(self, rows_CP: Tensor, weights_N: np.ndarray) -> Tensor:
+    def upload_mean(self, rows_CP: Tensor, weights_N: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
         average = self._agree(rows_CP, weights_N)
         uploaded = np.zeros(self.layout.num_clients, dtype=bool)
         for rank in average.ranks:
             uploaded[list(self.layout.clients_of(rank))] = True
         self.sent_bytes += (uploaded & (weights_N != 0)) * rows_CP.shape[1] * rows_CP.element_size()
-        return average.vector.to(rows_CP)
+        return average.vector.to(rows_CP.device, dtype or rows_CP.dtype)
 
     @torch.no_grad()
-    def average(self, rows_CP: Tensor, weights_N: np.ndarray) -> Tensor:
-        return self._agree(rows_CP, weights_N).vector.to(rows_CP)
+    def average(self, rows_CP: Tensor, weights_N: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
+        return self._agree(rows_CP, weights_N).vector.to(rows_CP.device, dtype or rows_CP.dtype)
 
     def _agree(self, rows_CP: Tensor, weights_N: np.ndarray) -> Average:
         mine = self._own(weights_N)

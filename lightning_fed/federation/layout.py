@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_fed.checks import check_counts
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -23,7 +25,8 @@ class Layout:
     ranks_per_client: int = 1
 
     def __post_init__(self) -> None:
-        if self.ranks_per_client < 1 or self.num_ranks % self.ranks_per_client:
+        check_counts(num_clients=self.num_clients, num_ranks=self.num_ranks, ranks_per_client=self.ranks_per_client)
+        if self.num_ranks % self.ranks_per_client:
             raise ValueError(
                 f"ranks_per_client={self.ranks_per_client} does not divide the {self.num_ranks} ranks of this run: "
                 "choose a divisor, or change `devices`/`num_nodes` of the Trainer."

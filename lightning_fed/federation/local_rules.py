@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_fed.checks import check_numbers
 from lightning_fed.sharpness import ascent, beside, check_ball
 
 
@@ -152,6 +153,7 @@ class Proximal(LocalRule):
     works_on_waves = True
 
     def __init__(self, mu: float, anchor: Callable[[], Tensor]) -> None:
+        check_numbers(mu=mu)
         if mu < 0:
             raise ValueError(f"mu={mu} must not be negative: it is the weight of FedProx's proximal term.")
         self.mu = mu

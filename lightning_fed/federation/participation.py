@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
+from lightning_fed.checks import check_counts, check_numbers, given
 from lightning_fed.federation.randomness import Stream, derive_seed
 
 
@@ -49,10 +50,8 @@ class UniformSample(Participation):
     def __init__(self, size: int | None = None, fraction: float | None = None) -> None:
         if (size is None) == (fraction is None):
             raise ValueError(f"give exactly one of size={size} and fraction={fraction} for the cohort.")
-        if size is not None and size < 1:
-            raise ValueError(f"cohort size={size} must be at least 1.")
-        if fraction is not None and not 0 < fraction <= 1:
-            raise ValueError(f"cohort fraction={fraction} must be in (0, 1].")
+        check_counts(**given(size=size))
+        check_numbers("(0, 1]", **given(fraction=fraction))
         self.size = size
         self.fraction = fraction
 

@@ -109,6 +109,8 @@ class Rows:
         matrix = self._matrix
         if self.in_host_memory:
             matrix, slot = self.take([slot]), 0
+        else:
+            self.give_back()  # else a copy of this row, taken before, would be written over it later
         if slot not in self._views:
             row = matrix[slot]
             self._views[slot] = row, _unflatten_dense_tensors(row, self.templates)

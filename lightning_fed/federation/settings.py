@@ -1,50 +1,75 @@
-"""Checks of settings, with messages that name the setting, its value and the way out."""
+"""Checks of a strategy's settings: against each other, and against the module that it trains."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
+from lightning_fed.checks import check_counts, check_kinds, check_names, given
 from lightning_fed.federation.layout import Layout
+from lightning_fed.federation.local_rules import LocalRule
+from lightning_fed.federation.participation import Participation
+from lightning_fed.federation.virtual_clock import VirtualClock
 
 if TYPE_CHECKING:
-    from lightning_fed.federation.local_rules import LocalRule
     from lightning_fed.federation.strategy import FederatedStrategy
 
 
-def check_counts(**counts: int | None) -> None:
-    """Refuse counts below 1; None stands for a default.
+def check_work(local_epochs: int, local_steps: int | None) -> None:
+    """Refuse a round's local work that is no count, or is given twice.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    check_counts(local_epochs=local_epochs, **given(local_steps=local_steps))
+    if local_steps is not None and local_epochs != 1:
+        raise ValueError(
+            f"local_epochs={local_epochs} and local_steps={local_steps} both say how long a client trains in a round: "
+            "give one of them."
+        )
+
+
+def check_parts(participation: object, local_rule: object, clock: object) -> None:
+    """Refuse parts of a strategy that are no such parts; None stands for a default.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    check_kinds(Participation, **given(participation=participation))
+    check_kinds(LocalRule, **given(local_rule=local_rule))
+    check_kinds(VirtualClock, **given(clock=clock))
+
+
+def check_backend(process_group_backend: str | None) -> None:
+    """Refuse a backend that torch does not know, alone or as in ``"cpu:gloo,cuda:nccl"``; None stands for a default.
+
+    Raises:
+        ValueError: naming the setting, its value and the backends that there are.
+    """
+    check_names(**given(process_group_backend=process_group_backend))
+    names = [part.split(":")[-1].lower() for part in (process_group_backend or "gloo").split(",")]
+    known = [name for name in dist.Backend.backend_list if name != dist.Backend.UNDEFINED]
+    if set(names) - set(known):
+        raise ValueError(f"process_group_backend={process_group_backend!r} is not one of {tuple(known)}.")
+
+
+def check_undecided(federation: dict[str, Any], **instead: str) -> None:
+    """Refuse settings of every federation that an algorithm decides for itself.
+
+    Args:
+        federation: what the user has set.
+        **instead: for each setting that is decided, what to set in its place.
 
     Raises:
         ValueError: naming the setting and its value.
     """
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name}={count} must be at least 1.")
-
-
-def check_seconds(**durations: float | None) -> None:
-    """Refuse durations that are not positive; None stands for a default.
-
-    Raises:
-        ValueError: naming the setting and its value.
-    """
-    for name, seconds in durations.items():
-        if seconds is not None and not seconds > 0:
-            raise ValueError(f"{name}={seconds} must be more than 0 seconds.")
-
-
-def check_choice(name: str, choice: str, *choices: str) -> None:
-    """Refuse a choice that is none of those that there are.
-
-    Raises:
-        ValueError: naming the setting, its value and the choices.
-    """
-    if choice not in choices:
-        raise ValueError(f"{name}={choice!r} is not one of {choices}.")
+    for name, way_out in instead.items():
+        if name in federation:
+            raise ValueError(f"{name}={federation[name]!r} is decided by the algorithm here: {way_out}.")
 
 
 def check_training(strategy: FederatedStrategy, module: LightningModule) -> None:

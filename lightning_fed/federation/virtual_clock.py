@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_fed.checks import check_numbers, check_paths, given
 from lightning_fed.federation.randomness import Stream, derive_seed
 from lightning_fed.federation.tables import read_table
 
@@ -40,8 +41,7 @@ class Constant(Distribution):
     """
 
     def __init__(self, value: float) -> None:
-        if not value >= 0:
-            raise ValueError(f"Constant: value={value} must be at least 0.")
+        check_numbers("[0, inf]", value=value)
         self.value = value
 
     def draw(self, generator: np.random.Generator, size: int) -> np.ndarray:
@@ -60,7 +60,8 @@ class Uniform(Distribution):
     """
 
     def __init__(self, low: float, high: float) -> None:
-        if not 0 <= low <= high < math.inf:
+        check_numbers("[0, inf)", low=low, high=high)
+        if low > high:
             raise ValueError(f"Uniform: low={low} and high={high} must be finite, with 0 <= low <= high.")
         self.low = low
         self.high = high
@@ -82,10 +83,8 @@ class LogNormal(Distribution):
     """
 
     def __init__(self, median: float, sigma: float) -> None:
-        if not 0 < median < math.inf:
-            raise ValueError(f"LogNormal: median={median} must be above 0 and finite.")
-        if not 0 <= sigma < math.inf:
-            raise ValueError(f"LogNormal: sigma={sigma} must be at least 0 and finite.")
+        check_numbers("(0, inf)", median=median)
+        check_numbers("[0, inf)", sigma=sigma)
         self.median = median
         self.sigma = sigma
 
@@ -135,9 +134,10 @@ class VirtualClock:
         ):
             if value is not None and path is not None:
                 raise ValueError(f"{name} and {file_name}={path!r} both say the same: give one of them.")
-        self.seconds_per_step = as_distribution(seconds_per_step, SECONDS_PER_STEP)
-        self.latency = as_distribution(latency, LATENCY)
-        self.bandwidth = as_distribution(bandwidth, BANDWIDTH)
+        check_paths(**given(devices_csv=devices_csv, latency_csv=latency_csv))
+        self.seconds_per_step = as_distribution("seconds_per_step", seconds_per_step, SECONDS_PER_STEP, "[0, inf)")
+        self.latency = as_distribution("latency", latency, LATENCY, "[0, inf)")
+        self.bandwidth = as_distribution("bandwidth", bandwidth, BANDWIDTH, "(0, inf]")
         self.devices_csv = devices_csv
         self.latency_csv = latency_csv
         self._bound: tuple[int, int] | None = None
@@ -268,11 +268,17 @@ class VirtualClock:
         self.training_seconds = state["training_seconds"]
 
 
-def as_distribution(value: Distribution | float | None, default: float) -> Distribution:
-    """A plain number as the distribution that always gives it."""
+def as_distribution(name: str, value: Distribution | float | None, default: float, interval: str) -> Distribution:
+    """A plain number as the distribution that always gives it.
+
+    Raises:
+        ValueError: naming the setting, if a number is out of its interval.
+    """
     if isinstance(value, Distribution):
         return value
-    return Constant(default if value is None else float(value))
+    value = default if value is None else value
+    check_numbers(interval, **{name: value})
+    return Constant(float(value))
 
 
 def draws(quantity: str, seed: int) -> np.random.Generator:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lightning_fed.checks import check_counts
+
 # Half of a symmetric matrix is enough. Blocks of this width leave little of the other half to be computed, and are wide
 # enough for a matrix product at full speed.
 BLOCK = 256
@@ -97,10 +99,8 @@ class ClassMoments(Float64Sums):
 
     def __init__(self, num_classes: int, num_features: int, **settings: Any) -> None:
         super().__init__(**settings)
-        if num_classes < 2:
-            raise ValueError(f"num_classes={num_classes} must be at least 2: collapse is about classes coming apart.")
-        if num_features < 1:
-            raise ValueError(f"num_features={num_features} must be at least 1.")
+        check_counts(2, num_classes=num_classes)
+        check_counts(num_features=num_features)
         self.num_classes = num_classes
         self.num_features = num_features
         float64: dict[str, Any] = {"dtype": torch.float64}

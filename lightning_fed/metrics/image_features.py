@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lightning_fed.checks import check_counts
+
 if TYPE_CHECKING:
     from lightning_fed.modules import SmallConvNet
 
@@ -30,6 +32,7 @@ class PixelFeatures(nn.Module):
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
+        check_counts(num_features=num_features)
         self.num_features = num_features
 
     def forward(self, images: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fed.checks import check_kinds, check_numbers, given
 from lightning_fed.metrics.two_samples import TwoSamples, squared_distances
 
 # Of the median distance between real samples.
@@ -43,7 +44,10 @@ class MaximumMeanDiscrepancy(TwoSamples):
 
     def __init__(self, bandwidths: Sequence[float] | None = None, reset_real: bool = True, **settings: Any) -> None:
         super().__init__(reset_real, **settings)
-        if bandwidths is not None and not (bandwidths and min(bandwidths) > 0):
+        check_kinds((list, tuple), **given(bandwidths=bandwidths))
+        for bandwidth in bandwidths or ():
+            check_numbers("(0, inf)", bandwidths=bandwidth)
+        if bandwidths is not None and not bandwidths:
             raise ValueError(f"bandwidths={bandwidths} must be positive numbers, or None for the median heuristic.")
         self.bandwidths = None if bandwidths is None else tuple(bandwidths)
 

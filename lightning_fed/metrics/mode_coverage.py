@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_fed.checks import check_counts, check_flags, check_kinds, check_numbers
 from lightning_fed.metrics.class_moments import Float64Sums
 
 
@@ -33,10 +34,10 @@ class NearestMode(nn.Module):
 
     def __init__(self, means: Tensor, std: float, within: float = 3.0) -> None:
         super().__init__()
+        check_kinds(Tensor, means=means)
         if means.ndim != 2:
             raise ValueError(f"means have shape {list(means.shape)}, but must be [modes, numbers of a point].")
-        if not (std > 0 and within > 0):
-            raise ValueError(f"std={std} and within={within} must be positive.")
+        check_numbers("(0, inf)", std=std, within=within)
         self.register_buffer("means", means.float(), persistent=False)
         self.std, self.within = std, within
 
@@ -88,8 +89,10 @@ class ModeCoverage(Float64Sums):
         self, assign: nn.Module, num_modes: int, least: float = 0.25, reset_real: bool = True, **settings: Any
     ) -> None:
         super().__init__(**settings)
-        if num_modes < 1:
-            raise ValueError(f"num_modes={num_modes} must be at least 1.")
+        check_kinds(nn.Module, assign=assign)
+        check_counts(num_modes=num_modes)
+        check_flags(reset_real=reset_real)
+        check_numbers(least=least)
         if not 0 < least <= 1:
             raise ValueError(f"least={least} must be in (0, 1]: a share of the samples that a mode is due.")
         self.assign, self.num_modes, self.least, self.reset_real = assign, num_modes, least, reset_real

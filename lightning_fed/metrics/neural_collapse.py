@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fed.checks import check_kinds, check_pairs, given
 from lightning_fed.metrics.class_moments import ClassMoments, Float64Sums, Moments, check_features
 
 
@@ -45,10 +46,7 @@ class NeuralCollapse(ClassMoments):
     ) -> None:
         # A cached result would be returned for another classifier.
         super().__init__(num_classes, num_features, **{"compute_with_cache": False, **settings})
-        if decays is not None and not min(decays) > 0:
-            raise ValueError(
-                f"decays={decays} must be positive: they are the weight decays of classifier and features."
-            )
+        check_pairs("(0, inf)", **given(decays=decays))
         self.decays = decays
 
     @property
@@ -120,6 +118,7 @@ class NearestCentreAgreement(Float64Sums):
 
     def __init__(self, means: Tensor, classes: Tensor | None = None, **settings: Any) -> None:
         super().__init__(**settings)
+        check_kinds(Tensor, means=means, **given(classes=classes))
         classes = torch.arange(len(means)) if classes is None else classes
         if means.ndim != 2 or classes.shape != (len(means),):
             raise ValueError(

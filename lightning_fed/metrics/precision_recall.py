@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fed.checks import check_counts
 from lightning_fed.metrics.two_samples import TwoSamples, squared_distances
 
 
@@ -42,8 +43,7 @@ class PrecisionRecall(TwoSamples):
 
     def __init__(self, k: int = 3, reset_real: bool = True, **settings: Any) -> None:
         super().__init__(reset_real, **settings)
-        if k < 1:
-            raise ValueError(f"k={k} of the nearest neighbours must be at least 1.")
+        check_counts(k=k)
         self.k = k
 
     def compute(self) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fed.checks import check_counts
 from lightning_fed.metrics.two_samples import TwoSamples
 
 
@@ -39,8 +40,8 @@ class SlicedWasserstein(TwoSamples):
         self, projections: int = 128, p: int = 2, seed: int = 0, reset_real: bool = True, **settings: Any
     ) -> None:
         super().__init__(reset_real, **settings)
-        if projections < 1:
-            raise ValueError(f"projections={projections} must be at least 1.")
+        check_counts(projections=projections, p=p)
+        check_counts(0, seed=seed)
         if p not in (1, 2):
             raise ValueError(f"p={p} of the Wasserstein distance must be 1 or 2.")
         self.projections, self.p, self.seed = projections, p, seed

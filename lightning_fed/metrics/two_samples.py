@@ -13,6 +13,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lightning_fed.checks import check_flags
+
 # Numbers of a block of distances: 128 MB in float64.
 BLOCK_NUMBERS = 2**24
 
@@ -35,6 +37,7 @@ class TwoSamples(Metric):
 
     def __init__(self, reset_real: bool = True, **settings: Any) -> None:
         super().__init__(**settings)
+        check_flags(reset_real=reset_real)
         self.reset_real = reset_real
         self._dimensions: int | None = None
         self.add_state("real", [], dist_reduce_fx="cat")

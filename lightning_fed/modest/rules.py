@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_fed.federation.settings import check_choice, check_counts, check_seconds
+from lightning_fed.checks import check_choice, check_counts, check_numbers, check_seconds, given
 
 # In rounds: the class default of the code of 2023.
 DEFAULT_WINDOW = 50
@@ -31,17 +31,16 @@ class Rules:
 
     def __post_init__(self) -> None:
         check_counts(sample_size=self.sample_size, num_aggregators=self.num_aggregators)
-        check_counts(min_models=self.min_models, activity_window=self.activity_window)
+        check_counts(min_models=self.min_models, **given(activity_window=self.activity_window))
         check_choice("success_rounding", self.success_rounding, "up", "down")
         if self.num_aggregators > self.sample_size:
             raise ValueError(
                 f"num_aggregators={self.num_aggregators} is larger than sample_size={self.sample_size}: aggregators "
                 "are the first nodes of the sample, so choose at most as many."
             )
-        if not 0 < self.success_fraction <= 1:
-            raise ValueError(f"success_fraction={self.success_fraction} must be in (0, 1].")
+        check_numbers("(0, 1]", success_fraction=self.success_fraction)
         check_seconds(ping_timeout=self.ping_timeout, restart_timeout=self.restart_timeout)
-        check_seconds(aggregation_timeout=self.aggregation_timeout)
+        check_seconds(**given(aggregation_timeout=self.aggregation_timeout))
 
     def window(self, num_clients: int) -> int:
         """The activity window: as set; else 50 rounds, or more where living nodes would wait longer for their turn."""

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_fed.checks import check_counts, check_numbers
+
 
 class EquiangularHead(nn.Module):
     """Logits from the angles between a projected feature and fixed, maximally separate class directions.
@@ -35,8 +37,8 @@ class EquiangularHead(nn.Module):
 
     def __init__(self, num_features: int, num_classes: int, scale: float = 1.0, seed: int = 0) -> None:
         super().__init__()
-        if num_features < 1:
-            raise ValueError(f"num_features={num_features} must be at least 1.")
+        check_counts(num_features=num_features)
+        check_counts(2, num_classes=num_classes)
         self.in_features, self.out_features = num_features, num_classes
         self.projection = nn.Linear(num_features, num_classes, bias=False)
         self.prototypes = EquiangularPrototypes(num_classes, scale, seed)
@@ -65,8 +67,9 @@ class EquiangularPrototypes(nn.Module):
 
     def __init__(self, num_classes: int, scale: float = 1.0, seed: int = 0) -> None:
         super().__init__()
-        if not scale > 0:
-            raise ValueError(f"scale={scale} must be positive: it turns cosines into logits.")
+        check_counts(2, num_classes=num_classes)
+        check_numbers("(0, inf)", scale=scale)
+        check_counts(0, seed=seed)
         self.register_buffer("weight", simplex_etf(num_classes, seed).to(torch.get_default_dtype()), persistent=False)
         self.scale = nn.Parameter(torch.tensor(float(scale)))
 

@@ -13,6 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_fed.checks import check_choice, check_counts, check_flags, check_kinds, check_numbers, given
 from lightning_fed.modules.networks import MLP, SmallConvNet, resnet18_cifar
 
 Batch = tuple[Tensor, Tensor]
@@ -67,8 +68,13 @@ class ImageClassifier(LightningModule):
         super().__init__()
         # Plain values only, so that torch's weights_only loading accepts the checkpoint.
         self.save_hyperparameters(ignore="model" if isinstance(model, nn.Module) else None)
-        if optimizer not in ("sgd", "adamw"):
-            raise ValueError(f'optimizer={optimizer!r} is unknown: use "sgd" or "adamw".')
+        check_kinds((str, nn.Module), model=model)
+        check_counts(2, num_classes=num_classes)
+        check_counts(in_channels=in_channels, **given(image_size=image_size))
+        check_flags(pretrained=pretrained)
+        check_choice("optimizer", optimizer, "sgd", "adamw")
+        check_numbers("[0, inf)", lr=lr, momentum=momentum, weight_decay=weight_decay)
+        check_numbers(lr_decay_per_epoch=lr_decay_per_epoch, label_smoothing=label_smoothing)
         if not 0 < lr_decay_per_epoch <= 1:
             raise ValueError(f"lr_decay_per_epoch={lr_decay_per_epoch} must be in (0, 1]; 1 keeps the rate constant.")
         if not 0 <= label_smoothing < 1:

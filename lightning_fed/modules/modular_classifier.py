@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_fed.checks import check_choice, check_counts, check_flags, check_numbers
 from lightning_fed.modules.stable_max import StableMaxCrossEntropy
 
 Batch = tuple[Tensor, Tensor]
@@ -49,8 +50,11 @@ class ModularClassifier(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if loss not in ("cross_entropy", "stable_max"):
-            raise ValueError(f'loss={loss!r} must be "cross_entropy" or "stable_max".')
+        check_counts(2, p=p)
+        check_counts(embedding_size=embedding_size, hidden_size=hidden_size)
+        check_numbers("[0, inf)", lr=lr, weight_decay=weight_decay)
+        check_flags(decoupled=decoupled)
+        check_choice("loss", loss, "cross_entropy", "stable_max")
         self.lr, self.weight_decay, self.decoupled = lr, weight_decay, decoupled
         embedding = nn.Embedding(p, embedding_size)
         self.layers = nn.Sequential(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import timm
 from torch import Tensor, nn
 
+from lightning_fed.checks import check_counts
+
 
 class SmallConvNet(nn.Module):
     """Two convolutions and a linear layer: 6,186 parameters for 10 classes.
@@ -22,6 +24,7 @@ class SmallConvNet(nn.Module):
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, in_channels=in_channels)
         self.layers = nn.Sequential(
             nn.Conv2d(in_channels, 16, 3, padding=1),
             nn.GroupNorm(4, 16),
@@ -53,6 +56,8 @@ class MLP(nn.Module):
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 8, hidden_size: int = 64) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, in_channels=in_channels)
+        check_counts(image_size=image_size, hidden_size=hidden_size)
         self.layers = nn.Sequential(
             nn.Flatten(),
             nn.Linear(in_channels * image_size**2, hidden_size),

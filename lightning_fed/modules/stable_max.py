@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_fed.checks import check_choice
+
 
 class StableMaxCrossEntropy(nn.Module):
     """``-log p_y`` with ``p_i = s(x_i) / sum_j s(x_j)``, ``s(x) = x + 1`` for x >= 0 and ``1 / (1 - x)`` below.
@@ -32,10 +34,8 @@ class StableMaxCrossEntropy(nn.Module):
         dtype: Literal["float64", "float32"] = "float64",
     ) -> None:
         super().__init__()
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f'reduction={reduction!r} must be "mean", "sum" or "none".')
-        if dtype not in ("float64", "float32"):
-            raise ValueError(f'dtype={dtype!r} must be "float64" or "float32".')
+        check_choice("reduction", reduction, "mean", "sum", "none")
+        check_choice("dtype", dtype, "float64", "float32")
         self.reduction, self.dtype = reduction, getattr(torch, dtype)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

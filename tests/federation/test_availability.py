@@ -109,11 +109,7 @@ def test_rates_of_zero_and_one(unit: Any) -> None:
     [
         ({"crash_rate": 1.5, "return_rate": 0.1}, r"crash_rate=1.5 must be in \[0, 1\].*unit='seconds'"),
         ({"crash_rate": 0.1, "return_rate": -1.0}, r"return_rate=-1.0 must be in \[0, 1\]"),
-        ({"crash_rate": float("nan"), "return_rate": 0.1}, "crash_rate=nan"),
         ({"crash_rate": -1.0, "return_rate": 2.0, "unit": "seconds"}, "crash_rate=-1.0 must be a rate per second"),
-        ({"crash_rate": float("inf"), "return_rate": 2.0, "unit": "seconds"}, "crash_rate=inf .* finite"),
-        ({"crash_rate": 0.1, "return_rate": 0.1, "leave_fraction": 2.0}, "leave_fraction=2.0 must be in"),
-        ({"crash_rate": 0.1, "return_rate": 0.1, "unit": "days"}, "unit='days' is not one of"),
     ],
 )
 def test_churn_out_of_range_is_refused(arguments: dict[str, Any], message: str) -> None:

@@ -30,10 +30,9 @@ def test_equal_layouts_compare_equal() -> None:
     assert Layout(8, 2) == Layout(8, 2) != Layout(8, 4)
 
 
-@pytest.mark.parametrize("ranks_per_client", [0, 3])
-def test_replicas_must_divide_the_ranks(ranks_per_client: int) -> None:
-    with pytest.raises(ValueError, match=rf"ranks_per_client={ranks_per_client} does not divide the 4 ranks.*devices"):
-        Layout(8, 4, ranks_per_client)
+def test_replicas_must_divide_the_ranks() -> None:
+    with pytest.raises(ValueError, match=r"ranks_per_client=3 does not divide the 4 ranks.*devices"):
+        Layout(8, 4, 3)
 
 
 def test_no_rank_may_idle() -> None:

@@ -324,17 +324,10 @@ def test_bad_latencies_are_refused(tmp_path: Path, text: str, message: str) -> N
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: VirtualClock(latency=-1.0), "value=-1.0 must be at least 0"),
-        (lambda: VirtualClock(latency=float("nan")), "value=nan must be at least 0"),
         (lambda: Uniform(2, 1), "low=2 and high=1"),
-        (lambda: LogNormal(0, 1), "median=0 must be above 0"),
-        (lambda: LogNormal(1, -1), "sigma=-1 must be at least 0"),
         (lambda: VirtualClock(bandwidth=1.0, devices_csv="x.csv"), "bandwidth and devices_csv='x.csv'"),
         (lambda: VirtualClock(latency=1.0, latency_csv="x.csv"), "latency and latency_csv='x.csv'"),
         (lambda: bound(2, devices_csv="nowhere.csv"), "devices_csv='nowhere.csv' is not a file"),
-        (lambda: bound(2, bandwidth=0.0), "bandwidth .* must be above 0"),
-        (lambda: bound(2, latency=float("inf")), "latency .* must be finite"),
-        (lambda: bound(2, seconds_per_step=float("inf")), "seconds_per_step must be finite"),
     ],
 )
 def test_bad_settings_are_refused(make: Any, message: str) -> None:

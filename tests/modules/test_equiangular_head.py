@@ -120,7 +120,7 @@ def test_clients_do_not_send_the_prototypes_and_keep_them_bit_by_bit(tmp_path: P
     [
         ({"num_features": 0}, "num_features=0 must be at least 1"),
         ({"num_classes": 1}, "num_classes=1 must be at least 2"),
-        ({"scale": 0.0}, "scale=0.0 must be positive"),
+        ({"scale": 0.0}, r"scale=0.0 must be in \(0, inf\)"),
     ],
 )
 def test_bad_sizes(settings: dict[str, Any], message: str) -> None:

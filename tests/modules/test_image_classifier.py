@@ -177,7 +177,7 @@ def test_training_step_runs_stacked_under_vmap(digits):
         ({"model": "mlp", "pretrained": True}, "'mlp' has no pretrained weights"),
         ({"model": "small_convnet", "image_size": 8}, "image_size=8: 'small_convnet' takes images of any size"),
         ({"model": "resnet18", "image_size": 32}, "image_size=32: 'resnet18' takes images of any size"),
-        ({"optimizer": "adam"}, "optimizer='adam' is unknown"),
+        ({"optimizer": "adam"}, "optimizer='adam' is not one of"),
         ({"lr_decay_per_epoch": 0.0}, r"lr_decay_per_epoch=0.0 must be in \(0, 1\]"),
         ({"label_smoothing": 1.0}, r"label_smoothing=1.0 must be in \[0, 1\)"),
     ],

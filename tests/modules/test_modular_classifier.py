@@ -46,5 +46,5 @@ def test_it_fits_its_training_pairs(loss: Any) -> None:
 
 
 def test_a_loss_that_it_does_not_have() -> None:
-    with pytest.raises(ValueError, match="loss='hinge' must be"):
+    with pytest.raises(ValueError, match="loss='hinge' is not one of"):
         ModularClassifier(loss="hinge")  # type: ignore[arg-type]

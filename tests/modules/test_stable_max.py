@@ -45,9 +45,9 @@ def test_reductions_and_dtypes() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="reduction='max' must be"):
+    with pytest.raises(ValueError, match="reduction='max' is not one of"):
         StableMaxCrossEntropy("max")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="dtype='float16' must be"):
+    with pytest.raises(ValueError, match="dtype='float16' is not one of"):
         StableMaxCrossEntropy(dtype="float16")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"logits \[2, 3, 4\] and labels \[2, 3\] .* flatten tokens"):
         StableMaxCrossEntropy()(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long))

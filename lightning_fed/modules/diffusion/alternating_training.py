@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_fed.checks import check_counts, check_numbers, given
 from lightning_fed.federation.randomness import Stream, derive_seed, seed_generators
 from lightning_fed.federation.strategy import FederatedStrategy
 from lightning_fed.modules.diffusion.denoiser import EDMDenoiser
@@ -58,15 +59,13 @@ class AlternatingTraining(DiffusionModule):
         gradient_clip: float | None,
     ) -> None:
         super().__init__(denoiser, ema_decay)
+        check_counts(student_every=student_every, accumulate=accumulate)
+        check_numbers("(0, inf)", **given(gradient_clip=gradient_clip))
         if student_every < 2:
             raise ValueError(
                 f"student_every={student_every} must be at least 2: one batch for the student, the others for the "
                 "networks that tell it where to go."
             )
-        if accumulate < 1:
-            raise ValueError(f"accumulate={accumulate} must be at least 1.")
-        if gradient_clip is not None and not gradient_clip > 0:
-            raise ValueError(f"gradient_clip={gradient_clip} must be positive, or None for no clipping.")
         self.automatic_optimization = False
         self.student_every, self.accumulate, self.gradient_clip = student_every, accumulate, gradient_clip
         for counter, start in (("iteration", 0), ("student_step", 0), ("seed", -1)):

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import RAdam
 
+from lightning_fed.checks import check_counts, check_kinds, check_numbers, check_pairs, given
 from lightning_fed.modules.diffusion.denoiser import EDMDenoiser, TimeEmbedding, like_images
 from lightning_fed.modules.diffusion.diffusion_module import Batch, DiffusionModule
 from lightning_fed.modules.diffusion.distillation_networks import UNNAMED
@@ -119,10 +120,12 @@ class ConsistencyTraining(HoldsFrozen, DiffusionModule):
         self.remember(**{key: value for key, value in denoiser.settings.items() if key != "boundary"})
 
     def _check_settings(self) -> None:
+        check_numbers("[0, inf)", lr=self.lr)
+        check_pairs("[0, 1)", betas=self.betas)
+        check_counts(**given(total_steps=self.total_steps))
+        check_numbers(**given(huber_c=self.huber_c))
         if self.huber_c is not None and self.huber_c < 0:
             raise ValueError(f"huber_c={self.huber_c} must not be negative; 0 is the norm, None the paper's value.")
-        if self.total_steps is not None and self.total_steps < 1:
-            raise ValueError(f"total_steps={self.total_steps} must be at least 1, or None for those of the Trainer.")
         if self._teacher_source is not None and isinstance(self.pairs, EasyPairs):
             raise ValueError(
                 "pairs='easy' with a teacher: easy consistency tuning starts from a diffusion model and then has no "
@@ -130,6 +133,9 @@ class ConsistencyTraining(HoldsFrozen, DiffusionModule):
             )
 
     def _levels_of_export(self, sigmas: Sequence[float]) -> tuple[float, ...]:
+        check_kinds((list, tuple), sampling_sigmas=sigmas)
+        for sigma in sigmas:
+            check_numbers("(0, inf)", sampling_sigmas=sigma)
         low, high = self.denoiser.sigma_min, self.denoiser.sigma_max
         inside = all(low < sigma < high for sigma in sigmas)
         timesteps = [grid_timestep(self.denoiser, sigma) for sigma in sigmas] if inside else []
@@ -275,7 +281,7 @@ def load_teacher(source: nn.Module | str | Path, levels: Mapping[str, float | No
     """
     if isinstance(source, Mapping):
         raise ValueError("teacher is a configuration: a network with random weights teaches nothing, train it first.")
-    teacher = load_denoiser(source, **levels, boundary=False)  # type: ignore[arg-type]
+    teacher = load_denoiser(source, **levels, boundary=False, setting="teacher")  # type: ignore[arg-type]
     if is_one_step_generator(source, teacher):
         raise ValueError(
             "teacher is a one-step generator itself: distil a diffusion model, such as DiffusionTraining makes."

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_fed.checks import check_choice, check_flags, check_kinds, check_numbers
+
 TimeEmbedding = Literal["edm", "consistency"]
 
 
@@ -58,12 +60,12 @@ class EDMDenoiser(nn.Module):
         boundary: bool = False,
     ) -> None:
         super().__init__()
+        check_kinds(nn.Module, network=network)
+        check_numbers("(0, inf)", sigma_data=sigma_data, sigma_min=sigma_min, sigma_max=sigma_max)
+        check_choice("time_embedding", time_embedding, "edm", "consistency")
+        check_flags(boundary=boundary)
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"sigma_min={sigma_min}, sigma_max={sigma_max}: it must be 0 < sigma_min < sigma_max.")
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data={sigma_data} must be positive: it is the data's standard deviation.")
-        if time_embedding not in ("edm", "consistency"):
-            raise ValueError(f'time_embedding={time_embedding!r} is unknown: use "edm" or "consistency".')
         self.network = network
         self.sigma_data, self.sigma_min, self.sigma_max = float(sigma_data), float(sigma_min), float(sigma_max)
         self.time_embedding: TimeEmbedding = time_embedding

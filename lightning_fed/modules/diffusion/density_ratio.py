@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lightning_fed.checks import check_counts, check_numbers, check_pairs, given
+
 LARGEST_LOGIT = 10.0
 EPSILON = 1e-6
 
@@ -45,12 +47,13 @@ class DensityRatio(nn.Module):
 
     def __init__(self, bounds: tuple[float, float] | None = (0.1, 20.0), bins: int = 10, rate: float = 0.0) -> None:
         super().__init__()
+        check_pairs("[0, inf)", **given(ratio_bounds=bounds))
+        check_counts(0, ratio_bins=bins)
+        check_numbers("[0, 1)", ratio_rate=rate)
         if bounds is not None and not 0 <= bounds[0] < 1 < bounds[1]:
             raise ValueError(
                 f"ratio_bounds={tuple(bounds)} must have 0 <= low < 1 < high, or be None: 1 is the ratio of equals."
             )
-        if bins < 0 or not 0 <= rate < 1:
-            raise ValueError(f"ratio_bins={bins} must be at least 0, ratio_rate={rate} in [0, 1).")
         self.bounds, self.bins, self.rate = bounds, bins, rate
         self.register_buffer("bin_means", torch.ones(bins))
         self.clipped_fraction = torch.zeros(())

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_fed.checks import check_kinds, check_numbers, given
 from lightning_fed.federation.strategy import FederatedStrategy
 from lightning_fed.modules.diffusion.denoiser import EDMDenoiser
 from lightning_fed.modules.diffusion.named import Named
@@ -73,6 +74,8 @@ class DiffusionModule(LightningModule):
 
     def __init__(self, denoiser: EDMDenoiser, ema_decay: float | None) -> None:
         super().__init__()
+        check_kinds(EDMDenoiser, denoiser=denoiser)
+        check_numbers(**given(ema_decay=ema_decay))
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay={ema_decay} must be in [0, 1), or None for no average.")
         # A network that was loaded comes in evaluation mode, in which Lightning would leave it.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_fed.checks import check_choice, check_counts, check_numbers, check_pairs
 from lightning_fed.modules.diffusion.denoiser import EDMDenoiser, TimeEmbedding, like_images
 from lightning_fed.modules.diffusion.diffusion_module import Batch, DiffusionModule
 from lightning_fed.modules.diffusion.noise import NoiseDistribution, Weighting
@@ -78,12 +79,11 @@ class DiffusionTraining(DiffusionModule):
             boundary=False,
         )
         super().__init__(denoiser, ema_decay)
-        if sampling_steps < 1 or warmup_steps < 0:
-            raise ValueError(
-                f"sampling_steps={sampling_steps} must be at least 1, warmup_steps={warmup_steps} at least 0."
-            )
-        if sampler not in ("heun", "euler"):
-            raise ValueError(f'sampler={sampler!r} is unknown: use "heun" or "euler".')
+        check_counts(sampling_steps=sampling_steps)
+        check_counts(0, warmup_steps=warmup_steps)
+        check_choice("sampler", sampler, "heun", "euler")
+        check_numbers("[0, inf)", lr=lr)
+        check_pairs("[0, 1)", betas=betas)
         self.noise = NoiseDistribution.of(noise, "noise")
         self.weighting = Weighting.of(weighting, "weighting")
         self.lr, self.betas, self.warmup_steps = lr, betas, warmup_steps

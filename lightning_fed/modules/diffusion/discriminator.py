@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from lightning_fed.checks import check_counts, check_kinds, check_names, given
 from lightning_fed.modules.diffusion.denoiser import EDMDenoiser
 
 # A map is halved until its sides are no longer than this, and then read by one kernel as large as itself.
@@ -50,6 +51,14 @@ class FeatureDiscriminator(nn.Module):
         self, denoiser: nn.Module, layers: Sequence[str] = ("mid_block",), shape: tuple[int, ...] | None = None
     ) -> None:
         super().__init__()
+        check_kinds(nn.Module, denoiser=denoiser)
+        check_kinds((list, tuple), feature_layers=layers, **given(shape=shape))
+        for layer in layers:
+            check_names(feature_layers=layer)
+        for size in shape or ():
+            check_counts(shape=size)
+        if shape is not None and len(shape) != 3:
+            raise ValueError(f"shape={shape} must be that of an image, (C, H, W).")
         self.layers = tuple(layers)
         # Past nn.Module.__setattr__, which would register it.
         self.__dict__["denoiser"] = denoiser

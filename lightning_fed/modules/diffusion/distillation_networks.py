@@ -78,14 +78,14 @@ def denoiser_from(
     if isinstance(source, ModuleDenoiser):
         return source
     if isinstance(source, EDMDenoiser):
-        return load_denoiser(source, **levels, boundary=source.boundary)
+        return load_denoiser(source, **levels, boundary=source.boundary, setting=setting)
     if isinstance(source, nn.Module) and not isinstance(source, (diffusers.ModelMixin, DiffusionModule)):
         noise = {name: levels[name] for name in ("sigma_data", "sigma_min", "sigma_max") if levels[name] is not None}
         return ModuleDenoiser(source, **noise)
     if isinstance(source, Mapping) and "network" in source:
         settings = {name: source[name] for name in (*DEFAULTS, "boundary")}
-        return load_denoiser(source["network"], **settings)
-    return load_denoiser(source, **levels, boundary=boundary)
+        return load_denoiser(source["network"], **settings, setting=setting)
+    return load_denoiser(source, **levels, boundary=boundary, setting=setting)
 
 
 def remembered(denoiser: EDMDenoiser) -> dict[str, Any] | str:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from lightning_fed.checks import check_choice, check_numbers, check_pairs, given
 from lightning_fed.modules.diffusion.alternating_training import AlternatingTraining
 from lightning_fed.modules.diffusion.denoiser import EDMDenoiser, TimeEmbedding, like_images
 from lightning_fed.modules.diffusion.density_ratio import DensityRatio
@@ -163,13 +164,21 @@ class FDistill(HoldsFrozen, AlternatingTraining):
         gradient_clip: float | None = None,
         ema_decay: float | None = 0.999,
     ) -> None:
-        given = {
+        # Before any network is loaded.
+        check_numbers("[0, inf)", gan_weight=gan_weight, r1_weight=r1_weight, r1_scale=r1_scale)
+        check_numbers("[0, inf)", weight_decay=weight_decay)
+        check_numbers("(0, inf)", lr=lr, **given(fake_lr=fake_lr, discriminator_lr=discriminator_lr))
+        check_pairs("[0, 1)", betas=betas)
+        check_choice("features", features, "teacher", "fake")
+        if time_embedding is not None:
+            check_choice("time_embedding", time_embedding, "edm", "consistency")
+        asked = {
             "sigma_data": sigma_data,
             "sigma_min": sigma_min,
             "sigma_max": sigma_max,
             "time_embedding": time_embedding,
         }
-        loaded = denoiser_from(teacher, "teacher", given)
+        loaded = denoiser_from(teacher, "teacher", asked)
         if is_one_step_generator(teacher, loaded):
             raise ValueError("teacher is a one-step generator itself: distil a diffusion model.")
         if isinstance(teacher, nn.Module):
@@ -194,7 +203,6 @@ class FDistill(HoldsFrozen, AlternatingTraining):
         self.lr, self.fake_lr = lr, lr if fake_lr is None else fake_lr
         self.discriminator_lr = lr if discriminator_lr is None else discriminator_lr
         self.betas, self.weight_decay = betas, weight_decay
-        self._check_settings(features)
         self.discriminator = self._discriminator_of(discriminator, features, feature_layers, shape)
         self._teacher_to_load = remembered_source(teacher)
         named = ("divergence", "objective", "noise", "fake_noise", "fake_weighting")
@@ -209,25 +217,15 @@ class FDistill(HoldsFrozen, AlternatingTraining):
             discriminator=None if discriminator is None else UNNAMED,
         )
 
-    def _check_settings(self, features: str) -> None:
-        for name in ("gan_weight", "r1_weight", "r1_scale", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
-        for name in ("lr", "fake_lr", "discriminator_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
-        if features not in ("teacher", "fake"):
-            raise ValueError(f'features={features!r} is unknown: use "teacher" or "fake".')
-
     def _discriminator_of(
-        self, given: nn.Module | str | None, features: str, layers: Sequence[str], shape: tuple[int, ...] | None
+        self, module: nn.Module | str | None, features: str, layers: Sequence[str], shape: tuple[int, ...] | None
     ) -> nn.Module:
-        if isinstance(given, nn.Module):
-            return given
-        if given is not None:
+        if isinstance(module, nn.Module):
+            return module
+        if module is not None:
             raise ValueError(
-                f"discriminator={given!r}: it must be a module, or None. One that was given as an object is not in the "
-                "checkpoint: give it again, FDistill.load_from_checkpoint(path, discriminator=...)."
+                f"discriminator={module!r}: it must be a module, or None. One that was given as an object is not in "
+                "the checkpoint: give it again, FDistill.load_from_checkpoint(path, discriminator=...)."
             )
         return FeatureDiscriminator(self.teacher if features == "teacher" else self.fake_score, layers, shape)
 

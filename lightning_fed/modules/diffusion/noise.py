@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_fed.checks import check_counts, check_numbers
 from lightning_fed.modules.diffusion.named import Named
 
 RHO = 7.0  # of the spacing, Karras et al. 2022, section 3
@@ -57,8 +58,8 @@ class LogNormal(NoiseDistribution):
     std: float = 1.2
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise ValueError(f"std={self.std} of lognormal noise levels must be positive.")
+        check_numbers(mean=self.mean)
+        check_numbers("(0, inf)", std=self.std)
 
     def sample(self, size: int, sigma_min: float, sigma_max: float, device: torch.device) -> Tensor:
         return (torch.randn(size, device=device) * self.std + self.mean).exp()
@@ -80,10 +81,11 @@ class KarrasUniform(NoiseDistribution):
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low < self.high <= 1 or self.steps < 2:
+        check_numbers(low=self.low, high=self.high)
+        check_counts(2, steps=self.steps)
+        if not 0 <= self.low < self.high <= 1:
             raise ValueError(
-                f"low={self.low}, high={self.high}, steps={self.steps} of Karras noise levels: it must be "
-                "0 <= low < high <= 1 and steps >= 2."
+                f"low={self.low}, high={self.high} of Karras noise levels: it must be 0 <= low < high <= 1."
             )
 
     def sample(self, size: int, sigma_min: float, sigma_max: float, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_fed.checks import check_counts, check_numbers
 from lightning_fed.modules.diffusion.named import Named
 from lightning_fed.modules.diffusion.noise import karras_sigmas
 
@@ -73,6 +74,8 @@ class DoublingPairs(NoisePairs):
     std: float = 2.0
 
     def __post_init__(self) -> None:
+        check_counts(smallest=self.smallest, largest=self.largest)
+        check_numbers(mean=self.mean)
         if not 1 <= self.smallest <= self.largest:
             raise ValueError(
                 f"smallest={self.smallest}, largest={self.largest} of doubling pairs: it must be "
@@ -115,8 +118,7 @@ class FixedPairs(NoisePairs):
     levels: int = 18
 
     def __post_init__(self) -> None:
-        if self.levels < 2:
-            raise ValueError(f"levels={self.levels} of fixed pairs must be at least 2.")
+        check_counts(2, levels=self.levels)
 
     def resolution(self, step: int, total_steps: int) -> int:
         return self.levels
@@ -153,8 +155,9 @@ class EasyPairs(NoisePairs):
     std: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.q < 2 or self.stages < 1:
-            raise ValueError(f"q={self.q} of easy pairs must be at least 2, stages={self.stages} at least 1.")
+        check_counts(2, q=self.q)
+        check_counts(stages=self.stages)
+        check_numbers(mean=self.mean)
         _check_std(self.std)
 
     def resolution(self, step: int, total_steps: int) -> int:
@@ -185,5 +188,6 @@ def _on_grid(grid: Tensor, index: Tensor, weights: Tensor, like: Tensor) -> Nois
 
 
 def _check_std(std: float) -> None:
+    check_numbers(std=std)
     if not std > 0:
         raise ValueError(f"std={std} of the logarithm of noise levels must be positive.")

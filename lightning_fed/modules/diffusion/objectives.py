@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_fed.checks import check_choice, check_flags, check_numbers
 from lightning_fed.modules.diffusion.denoiser import like_images
 from lightning_fed.modules.diffusion.divergences import Divergence
 from lightning_fed.modules.diffusion.named import Named
@@ -69,8 +70,7 @@ class Objective(Named):
     weight: LevelWeight
 
     def __post_init__(self) -> None:
-        if self.weight not in ("dmd", "score"):
-            raise ValueError(f'weight={self.weight!r} of the objective {self.name!r} is unknown: use "dmd" or "score".')
+        check_choice("weight", self.weight, "dmd", "score")
 
     @abstractmethod
     def loss(self, batch: StudentBatch) -> Tensor:
@@ -134,6 +134,10 @@ class SiD(Objective):
     alpha: float = 1.2
     weight: LevelWeight = "dmd"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(alpha=self.alpha)
+
     def loss(self, batch: StudentBatch) -> Tensor:
         # x_T - x = (x_T - x_F) + (x_F - x), so that alpha = 1 leaves the very terms of SIM.
         gap = batch.teacher - batch.fake
@@ -159,6 +163,10 @@ class UniInstruct(Objective):
     differentiates_ratio = True
     weight: LevelWeight = "dmd"
     drop_fgm: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flags(drop_fgm=self.drop_fgm)
 
     def loss(self, batch: StudentBatch) -> Tensor:
         gap = batch.fake - batch.teacher

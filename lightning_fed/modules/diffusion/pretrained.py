@@ -31,6 +31,7 @@ def load_denoiser(
     sigma_max: float | None = None,
     time_embedding: TimeEmbedding | None = None,
     boundary: bool = False,
+    setting: str = "network",
 ) -> EDMDenoiser:
     """Make or load a denoiser.
 
@@ -49,6 +50,7 @@ def load_denoiser(
         sigma_max: see there.
         time_embedding: see :class:`EDMDenoiser`.
         boundary: see :class:`EDMDenoiser`.
+        setting: that the source was given as, for errors.
 
     Raises:
         ValueError: if there is no such source, it is not one of these, or it was trained with another setting.
@@ -59,7 +61,7 @@ def load_denoiser(
         "sigma_max": sigma_max,
         "time_embedding": time_embedding,
     }
-    network, known = _network_and_settings(source)
+    network, known = _network_and_settings(source, setting)
     settings: dict[str, Any] = {}
     for name, value in given.items():
         if value is not None and name in known and value != known[name]:
@@ -100,7 +102,7 @@ def network_setting(denoiser: EDMDenoiser) -> dict[str, Any] | None:
     return {"_class_name": type(network).__name__, **_plain(settings)}
 
 
-def _network_and_settings(source: Any) -> tuple[nn.Module, dict[str, Any]]:
+def _network_and_settings(source: Any, setting: str) -> tuple[nn.Module, dict[str, Any]]:
     """The network, and what is known of the noise that it was trained with."""
     if isinstance(source, DiffusionModule):
         source = source.generator.copy(boundary=False)
@@ -109,15 +111,15 @@ def _network_and_settings(source: Any) -> tuple[nn.Module, dict[str, Any]]:
     if isinstance(source, nn.Module):
         return source, {}
     if isinstance(source, Mapping):
-        return _from_config(source), {}
+        return _from_config(source, setting), {}
     if not isinstance(source, (str, Path)):
         raise ValueError(
-            f"network={source!r}: pass a network, a diffusers configuration, a folder, a hub name or a checkpoint. A "
+            f"{setting}={source!r}: pass a network, a diffusers configuration, a folder, a hub name or a checkpoint. A "
             "network that is not one of diffusers is not in the checkpoint, and must be given again when it is loaded."
         )
     if Path(source).suffix == ".ckpt":
-        return _from_checkpoint(Path(source))
-    return _from_diffusers(str(source))
+        return _from_checkpoint(Path(source), setting)
+    return _from_diffusers(str(source), setting)
 
 
 def _model_class(name: Any) -> Any:
@@ -126,13 +128,13 @@ def _model_class(name: Any) -> Any:
     return model if isinstance(model, type) and issubclass(model, diffusers.ModelMixin) else None
 
 
-def _from_config(config: Mapping[str, Any]) -> nn.Module:
+def _from_config(config: Mapping[str, Any], setting: str) -> nn.Module:
     name, model = config.get("_class_name"), _model_class(config.get("_class_name"))
     if model is None:
         near = difflib.get_close_matches(str(name), [name for name in dir(diffusers) if name.endswith("Model")], n=2)
         offer = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(
-            f"network: a configuration needs _class_name, the name of a diffusers model such as 'UNet2DModel'; got "
+            f"{setting}: a configuration needs _class_name, the name of a diffusers model such as 'UNet2DModel'; got "
             f"{name!r}.{offer}"
         )
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -141,20 +143,20 @@ def _from_config(config: Mapping[str, Any]) -> nn.Module:
     for unknown in sorted(settings.keys() - set(known)):
         near = difflib.get_close_matches(unknown, known, n=2)
         offer = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"network: {name} of diffusers {diffusers.__version__} has no setting {unknown!r}.{offer}")
+        raise ValueError(f"{setting}: {name} of diffusers {diffusers.__version__} has no setting {unknown!r}.{offer}")
     return model(**settings)
 
 
-def _from_diffusers(source: str) -> tuple[nn.Module, dict[str, Any]]:
+def _from_diffusers(source: str, setting: str) -> tuple[nn.Module, dict[str, Any]]:
     """Of a pipeline only the network is loaded, after a look at the scheduler: the others may be large."""
     if Path(source).is_dir() and not any(Path(source, name).is_file() for name in ("model_index.json", "config.json")):
         raise ValueError(
-            f"network={source!r} is no folder of diffusers: it has neither model_index.json (a pipeline) nor "
+            f"{setting}={source!r} is no folder of diffusers: it has neither model_index.json (a pipeline) nor "
             "config.json (a model)."
         )
     # A name on the hub is "model" or "owner/model".
     if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise ValueError(f"network={source!r}: there is no such folder.")
+        raise ValueError(f"{setting}={source!r}: there is no such folder.")
     try:
         parts = diffusers.DiffusionPipeline.load_config(source)
     except OSError as no_pipeline:
@@ -162,46 +164,46 @@ def _from_diffusers(source: str) -> tuple[nn.Module, dict[str, Any]]:
             config = diffusers.UNet2DModel.load_config(source)
         except OSError:
             raise ValueError(
-                f"network={source!r} cannot be loaded: {_one_line(no_pipeline)} It must be a diffusers pipeline or "
+                f"{setting}={source!r} cannot be loaded: {_one_line(no_pipeline)} It must be a diffusers pipeline or "
                 "model, in a folder or on the hub, or a checkpoint that ends in .ckpt."
             ) from no_pipeline
-        return _pretrained(source, config.get("_class_name")), {}
+        return _pretrained(source, config.get("_class_name"), setting), {}
     # Of each part, its library and class; an optional one may have neither.
     names = [name for name in NETWORKS if parts.get(name, [None, None])[1]]
     kind = parts.get("scheduler", [None, None])[1]
     if not names or kind not in SCHEDULERS:
         raise ValueError(
-            f"network={source!r} is a {parts.get('_class_name')} with {kind or 'no scheduler'}: a denoiser in EDM's "
+            f"{setting}={source!r} is a {parts.get('_class_name')} with {kind or 'no scheduler'}: a denoiser in EDM's "
             f"parametrisation comes with one of {', '.join(SCHEDULERS)}. A model that predicts noise at discrete times "
             "cannot be used."
         )
-    noise = _noise_of(source, kind)
-    return _pretrained(source, parts[names[0]][1], names[0]), noise
+    noise = _noise_of(source, kind, setting)
+    return _pretrained(source, parts[names[0]][1], setting, names[0]), noise
 
 
-def _noise_of(source: str, kind: str) -> dict[str, Any]:
+def _noise_of(source: str, kind: str, setting: str) -> dict[str, Any]:
     """The settings that the scheduler of a pipeline tells."""
     try:
         scheduler = getattr(diffusers, kind).from_pretrained(source, subfolder="scheduler")
     except OSError as error:
         raise ValueError(
-            f"network={source!r} cannot be loaded, its scheduler is incomplete: {_one_line(error)}"
+            f"{setting}={source!r} cannot be loaded, its scheduler is incomplete: {_one_line(error)}"
         ) from error
     prediction = scheduler.config.get("prediction_type", "epsilon")
     if prediction != "epsilon":
         raise ValueError(
-            f"network={source!r} has prediction_type={prediction!r}: only EDM's parametrisation, 'epsilon' in "
+            f"{setting}={source!r} has prediction_type={prediction!r}: only EDM's parametrisation, 'epsilon' in "
             "diffusers, can be used."
         )
     levels = {name: scheduler.config[name] for name in ("sigma_data", "sigma_min", "sigma_max")}
     return {"time_embedding": SCHEDULERS[kind], **levels}
 
 
-def _pretrained(source: str, class_name: Any, subfolder: str | None = None) -> nn.Module:
+def _pretrained(source: str, class_name: Any, setting: str, subfolder: str | None = None) -> nn.Module:
     model = _model_class(class_name)
     if model is None:
         raise ValueError(
-            f"network={source!r} is a {class_name}, which is no model of diffusers {diffusers.__version__}."
+            f"{setting}={source!r} is a {class_name}, which is no model of diffusers {diffusers.__version__}."
         )
     where = f"its folder {subfolder!r}" if subfolder else "it"
     try:
@@ -210,29 +212,29 @@ def _pretrained(source: str, class_name: Any, subfolder: str | None = None) -> n
             source, subfolder=subfolder, low_cpu_mem_usage=False, output_loading_info=True
         )
     except OSError as error:
-        raise ValueError(f"network={source!r} cannot be loaded, {where} is incomplete: {_one_line(error)}") from error
+        raise ValueError(f"{setting}={source!r} cannot be loaded, {where} is incomplete: {_one_line(error)}") from error
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"network={source!r} cannot be loaded, {where} is damaged: {_one_line(error)}") from error
+        raise ValueError(f"{setting}={source!r} cannot be loaded, {where} is damaged: {_one_line(error)}") from error
     # Which diffusers would leave random.
     if missing := found["missing_keys"]:
         raise ValueError(
-            f"network={source!r} cannot be loaded, {where} does not hold {len(missing)} of the weights of "
+            f"{setting}={source!r} cannot be loaded, {where} does not hold {len(missing)} of the weights of "
             f"{class_name}, such as {min(missing)!r}."
         )
     return network
 
 
-def _from_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    checkpoint = read_checkpoint(path, "network")
+def _from_checkpoint(path: Path, setting: str) -> tuple[nn.Module, dict[str, Any]]:
+    checkpoint = read_checkpoint(path, setting)
     settings, state = checkpoint.get("hyper_parameters", {}), checkpoint["state_dict"]
     prefix = AVERAGE if int(state.get("average.n_averaged", 0)) else TRAINED
     weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if not weights or settings.get("network") is None or not DEFAULTS.keys() <= settings.keys():
         raise ValueError(
-            f"network={str(path)!r} is no checkpoint of a diffusion module with a diffusers network: train one with "
+            f"{setting}={str(path)!r} is no checkpoint of a diffusion module with a diffusers network: train one with "
             "DiffusionTraining, or pass the network itself."
         )
-    network = _from_config(settings["network"])
+    network = _from_config(settings["network"], setting)
     network.load_state_dict(weights)
     return network, {name: settings[name] for name in DEFAULTS}
 

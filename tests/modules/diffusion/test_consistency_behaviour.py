@@ -267,7 +267,7 @@ def teacher_of(**settings: Any) -> EDMDenoiser:
         ({"network": unet(), "total_steps": 0}, "total_steps=0"),
         ({"network": unet(), "sampling_sigmas": (0.5, 0.8)}, "sampling_sigmas=\\(0.5, 0.8\\) must decrease"),
         ({"network": unet(), "sampling_sigmas": (0.82, 0.819)}, "by 2 % or more"),
-        ({"network": unet(), "sampling_sigmas": (-1.0,)}, "sigma_min=0.002"),
+        ({"network": unet(), "sampling_sigmas": (0.001,)}, "sigma_min=0.002"),
         ({"network": unet(), "sampling_sigmas": (90.0,)}, "sigma_max=80.0"),
         ({"network": unet(), "pairs": "dubling"}, "did you mean 'doubling'"),
         ({"network": unet(), "ema_decay": 1.0}, "ema_decay=1.0"),

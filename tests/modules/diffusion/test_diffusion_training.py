@@ -187,9 +187,6 @@ def test_samplers() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"sampling_steps": 0}, "sampling_steps=0 must be at least 1"),
-        ({"warmup_steps": -1}, "warmup_steps=-1 at least 0"),
-        ({"sampler": "euIer"}, 'sampler=\'euIer\' is unknown: use "heun" or "euler"'),
         ({"ema_decay": 1.0}, r"ema_decay=1.0 must be in \[0, 1\), or None"),
         ({"noise": "log-normal"}, "noise='log-normal' is unknown: did you mean 'lognormal'"),
         ({"weighting": "scores"}, "weighting='scores' is unknown: did you mean 'score'"),
