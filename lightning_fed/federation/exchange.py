@@ -196,7 +196,7 @@ class Exchange(ABC):
             clock.bind(self.layout.num_clients, seed)
         self.clock = clock
 
-    def _message_bytes(self, rows_CP: Tensor) -> int:
+    def message_bytes(self, rows_CP: Tensor) -> int:
         """Bytes of one message with what rides along; 0 for the riders, which are in a message already."""
         riders = self.riders.matrix if self.riders is not None else rows_CP[:, :0]
         return (
@@ -228,7 +228,7 @@ class Exchange(ABC):
         with full_precision_matmul(rows_CP.device):
             self._mix(rows_CP, plan)
         self.sent_bytes += plan.sent_rows * rows_CP.shape[1] * self._sent_as(rows_CP).itemsize
-        if self.clock is not None and (message_bytes := self._message_bytes(rows_CP)):
+        if self.clock is not None and (message_bytes := self.message_bytes(rows_CP)):
             self.clock.mixed(weights_NN != 0, message_bytes)
 
     @torch.no_grad()
@@ -248,20 +248,20 @@ class Exchange(ABC):
         return weights_N
 
     @torch.no_grad()
-    def upload_mean(self, rows_CP: Tensor, weights_N: np.ndarray) -> Tensor:
-        """What a server computes: every client of non-zero weight sends its row; returns the weighted mean ``[P]``."""
+    def upload_mean(self, rows_CP: Tensor, weights_N: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
+        """Every client of non-zero weight sends its row to a server; returns the weighted mean ``[P]`` in ``dtype``."""
         self.sent_bytes += (weights_N != 0) * rows_CP.shape[1] * rows_CP.element_size()
-        if self.clock is not None and (message_bytes := self._message_bytes(rows_CP)):
+        if self.clock is not None and (message_bytes := self.message_bytes(rows_CP)):
             self.clock.uploaded(np.flatnonzero(weights_N), message_bytes)
-        return self.average(rows_CP, weights_N)
+        return self.average(rows_CP, weights_N, dtype)
 
     @torch.no_grad()
-    def average(self, rows_CP: Tensor, weights_N: np.ndarray) -> Tensor:
+    def average(self, rows_CP: Tensor, weights_N: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
         """The weighted mean ``[P]`` that clients train on from; the caller counts what it costs, in ``sent_bytes``.
 
-        It is summed in float64: which clients share a rank must not show.
+        It is summed in float64 (which clients share a rank must not show), and rounded to ``dtype``, by default rows'.
         """
-        return self._weighted_sum(rows_CP, weights_N, torch.float64).to(rows_CP.dtype)
+        return self._weighted_sum(rows_CP, weights_N, torch.float64).to(dtype or rows_CP.dtype)
 
     def _weighted_sum(self, rows_CP: Tensor, weights_N: np.ndarray, dtype: torch.dtype) -> Tensor:
         local = weights_N[self.present]
@@ -279,7 +279,7 @@ class Exchange(ABC):
     def download(self, vector_P: Tensor, rows_CP: Tensor, receivers: np.ndarray) -> None:
         """The server sends ``vector`` to the clients ``receivers`` (sorted), whose rows it becomes."""
         self.server_bytes += len(receivers) * rows_CP.shape[1] * rows_CP.element_size()
-        if self.clock is not None and (message_bytes := self._message_bytes(rows_CP)):
+        if self.clock is not None and (message_bytes := self.message_bytes(rows_CP)):
             self.clock.downloaded(receivers, message_bytes)
         receives = np.isin(self.present, receivers)
         if receives.all():

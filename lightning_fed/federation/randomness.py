@@ -29,6 +29,8 @@ class Stream(IntEnum):
     CLOCK = 8
     MEMBERSHIP = 9
     COMPRESSION = 10
+    PRIVACY = 11
+    ATTACK = 12
 
 
 def derive_seed(stream: Stream, *key: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_fed.federation.local_rules import SharpnessAwareRule
+from lightning_fed.federation.settings import check_undecided
 from lightning_fed.strategies.gossip import GossipStrategy
 from lightning_fed.topology import Topology, TopologyName
 
@@ -32,4 +33,5 @@ class DFedSAMStrategy(GossipStrategy):
         gossip_steps: int = 1,
         **federation: Any,
     ) -> None:
+        check_undecided(federation, local_rule="it is SAM, whose radius is rho")
         super().__init__(topology=topology, gossip_steps=gossip_steps, local_rule=SharpnessAwareRule(rho), **federation)

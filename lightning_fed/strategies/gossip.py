@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_fed.attacks import Attack
+from lightning_fed.checks import check_choice, check_counts, check_kinds, check_numbers, given
 from lightning_fed.compression import Compressor, Identity
 from lightning_fed.federation.algorithm import RoundFacts
 from lightning_fed.federation.clients import ClientBank
@@ -22,11 +24,20 @@ from lightning_fed.federation.exchange import Exchange
 from lightning_fed.federation.gradient_step import state_dtype
 from lightning_fed.federation.participation import FullParticipation
 from lightning_fed.federation.public_copies import PublicCopies
-from lightning_fed.federation.settings import check_choice, check_counts
 from lightning_fed.federation.strategy import FederatedStrategy
+from lightning_fed.federation.update_clipping import UpdateClipping, contributing_slots
 from lightning_fed.mixing_matrix import SUM_TOLERANCE, restrict
 from lightning_fed.proximal import ProximalOperator
-from lightning_fed.strategies.gossip_methods import Beer, Choco, CompressedTracking, GossipMethod, GradientTracking
+from lightning_fed.robust import RobustMix
+from lightning_fed.strategies.gossip_methods import (
+    Beer,
+    Choco,
+    CompressedTracking,
+    GossipMethod,
+    GradientTracking,
+    RobustGossip,
+)
+from lightning_fed.strategies.robust_settings import check_gossip, check_neighbours, check_number_of_clients
 from lightning_fed.topology import Topology, TopologyName, by_name
 
 
@@ -57,6 +68,11 @@ class GossipStrategy(FederatedStrategy):
             rounded to ``"bf16"``, which halves what float32 rows cost. A client's own row enters its average exactly,
             and all neighbours see the same rounded one, wherever they are hosted. The mean over clients is then
             conserved up to that rounding (2^-9 of each number that travels) only.
+        max_update_norm: clip what a round's local steps have changed of a client's row to this 2-norm before it is
+            mixed; with ``method="average"`` or ``"choco"``. It costs a second matrix of rows.
+        robust: with ``method="average"``, how a client combines its own row and its neighbours', to bear hostile ones
+            (docs/robustness.md). The topology's weights then only say who is a neighbour.
+        attack: simulated hostile clients, with ``method="average"``.
         **federation: see :class:`~lightning_fed.federation.strategy.FederatedStrategy`.
 
     Raises:
@@ -73,6 +89,9 @@ class GossipStrategy(FederatedStrategy):
         start: Literal["zero", "model"] = "zero",
         proximal: ProximalOperator | None = None,
         message_dtype: Literal["row", "bf16"] = "row",
+        max_update_norm: float | None = None,
+        robust: RobustMix | None = None,
+        attack: Attack | None = None,
         **federation: Any,
     ) -> None:
         super().__init__(**federation)
@@ -80,6 +99,11 @@ class GossipStrategy(FederatedStrategy):
         check_choice("method", method, "average", "choco", "tracking", "beer")
         check_choice("start", start, "zero", "model")
         check_choice("message_dtype", message_dtype, "row", "bf16")
+        check_kinds((Topology, str), topology=topology)
+        check_kinds(Compressor, **given(compressor=compressor))
+        check_kinds(ProximalOperator, **given(proximal=proximal))
+        check_numbers(gamma=gamma)
+        check_numbers("(0, inf)", **given(max_update_norm=max_update_norm))
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma={gamma} must be above 0 and at most 1: it is the mixing rate.")
         self.topology = by_name(topology) if isinstance(topology, str) else topology
@@ -90,10 +114,14 @@ class GossipStrategy(FederatedStrategy):
         self.start = start
         self.proximal = proximal
         self.message_dtype = message_dtype
+        self.max_update_norm = max_update_norm
+        self.robust = robust
+        self.attack = attack
         self.gathers_gradients = method in ("tracking", "beer")
         self._left_out = False
         self._skipped = 0
         self._check_method()
+        check_gossip(self)
 
     def _check_method(self) -> None:
         if self.method in ("choco", "beer") and self.compressor is None:
@@ -119,6 +147,12 @@ class GossipStrategy(FederatedStrategy):
             raise ValueError(
                 f"message_dtype='bf16' rounds the rows of method='average', but method={self.method!r} keeps accounts "
                 "of what was sent: leave it out, or use a compressor."
+            )
+        if self.max_update_norm is not None and self.gathers_gradients:
+            raise ValueError(
+                f"max_update_norm={self.max_update_norm} clips what local steps change, but with "
+                f"method={self.method!r} clients step along what they have agreed on: leave it out, or use "
+                "method='average' or 'choco'."
             )
         if self.method == "average":
             return
@@ -150,16 +184,25 @@ class GossipStrategy(FederatedStrategy):
                 f"topology={type(self.topology).__name__} changes from round to round, but with a compressor clients "
                 "keep the sum of what their neighbours have sent: use a topology that stays."
             )
+        check_number_of_clients(self)
+        check_neighbours(self)
 
     def setup_algorithm(self, bank: ClientBank, exchange: Exchange) -> None:
         rows = bank.rows.matrix
         if self.method != "average" and state_dtype(rows) != rows.dtype:
             rank_zero_info(f"GossipStrategy keeps copies and trackers in float32: {rows.dtype} would lose differences.")
         self._gossip = self._make_method(bank)
+        self._clipping = None
+        if self.max_update_norm is not None:
+            self._clipping = UpdateClipping(self.max_update_norm, "whole", bank.layers)
+        if self._looks_back:
+            self._start_of_round = rows.clone()
 
     def _make_method(self, bank: ClientBank) -> GossipMethod:
         rows = bank.rows.matrix
         if self.method == "average":
+            if self.robust is not None:
+                return RobustGossip(self.weights, self.gossip_steps, self.robust)
             return GossipMethod(self.weights, self.gossip_steps)
         if self.compressor is None:
             return GradientTracking(self.weights, rows, self._apply_proximal)
@@ -169,7 +212,7 @@ class GossipStrategy(FederatedStrategy):
             channel = CompressedChannel(self.compressor or Identity(), bank.layers, start, self.seed, number)
             return PublicCopies(channel, self.weights(0), start)
 
-        zero = torch.zeros_like(rows)
+        zero = rows.new_zeros(()).expand_as(rows)
         x_hat = copies(rows if self.start == "model" else zero, number=0)
         if self.method == "choco":
             return Choco(self.weights, self.gossip_steps, x_hat, self.gamma)
@@ -191,6 +234,15 @@ class GossipStrategy(FederatedStrategy):
 
     # -------------------------------------------------------------------------------------------------------- rounds
 
+    @property
+    def _looks_back(self) -> bool:
+        """Whether somebody wants to know the rows with which a round began."""
+        return self.max_update_norm is not None or self.attack is not None
+
+    def start_round(self, rows: Tensor, buffers: Tensor, exchange: Exchange) -> None:
+        if self._looks_back:
+            self._start_of_round.copy_(rows)
+
     def directions(self, gradients: Tensor, exchange: Exchange) -> Tensor | None:
         self._left_out = not all_finite(gradients, exchange)()
         if self._left_out:
@@ -199,13 +251,22 @@ class GossipStrategy(FederatedStrategy):
             return None
         return self._gossip.directions(gradients, exchange, self.round - self._skipped)
 
+    def corrupt_rows(self, rows: Tensor, exchange: Exchange) -> None:
+        if self.attack is not None:
+            self.attack.corrupt(rows, self._start_of_round, exchange, self.cohort, (self.seed, self.round))
+
     def mix(self, rows: Tensor, exchange: Exchange) -> None:
+        if self._clipping is not None:
+            for slot in contributing_slots(self):
+                self._clipping.clip_(rows[slot], self._start_of_round[slot])
         if not self._left_out:
             self._gossip.mix(rows, exchange, self.round - self._skipped)
+        if self.attack is not None:
+            self.attack.regroup(rows, exchange, self.cohort)
 
     def mix_buffers(self, buffers: Tensor, exchange: Exchange) -> None:
         for step in range(self.round * self.gossip_steps, (self.round + 1) * self.gossip_steps):
-            exchange.mix_(buffers, self.weights(step))
+            self._gossip.average(buffers, exchange, step)
 
     def weights(self, gossip_step: int) -> np.ndarray:
         """W ``[N, N]`` of one gossip step: the topology's, restricted to the cohort."""
@@ -233,7 +294,8 @@ class GossipStrategy(FederatedStrategy):
         return {"method": self.method, "compressor": repr(self.compressor), "topology": topology}
 
     def client_matrices(self) -> dict[str, Tensor]:
-        return self._gossip.client_matrices()
+        start = {"start_of_round": self._start_of_round} if self._looks_back else {}
+        return {**self._gossip.client_matrices(), **start}
 
     def algorithm_state(self) -> dict[str, Any]:
         return {"skipped": self._skipped}

@@ -17,12 +17,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_fed.checks import check_kinds, given
 from lightning_fed.federation.algorithm import RoundFacts
 from lightning_fed.federation.availability import AlwaysOn, Availability
 from lightning_fed.federation.clients import ClientBank
 from lightning_fed.federation.exchange import Exchange
 from lightning_fed.federation.participation import Participation
 from lightning_fed.federation.sampler import ClientBatchSampler, JointBatch
+from lightning_fed.federation.settings import check_undecided
 from lightning_fed.federation.strategy import FederatedStrategy
 from lightning_fed.federation.task_sampler import TaskSampler
 from lightning_fed.federation.virtual_clock import VirtualClock
@@ -92,6 +94,8 @@ class MoDeSTStrategy(FederatedStrategy):
             activity_window=activity_window,
             restart_timeout=restart_timeout,
         )
+        check_undecided(federation, participation="it is MoDeST's sample, whose size is sample_size")
+        check_kinds(Availability, **given(availability=availability))
         super().__init__(participation=HashSample(self), ping_timeout=ping_timeout, **federation)
         self.availability = availability or AlwaysOn()
         self._simulation: Simulation | None = None
