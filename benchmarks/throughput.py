@@ -172,7 +172,7 @@ def draw(rows: list[Row]) -> Figure:
         axes.set(xscale="log", xlabel="time of the plain loop", title=work.title)
         axes.title.set_fontsize(10)
         axes.set_yticks(range(len(shown)), [row.side for row in shown], fontsize=8)
-        axes.xaxis.set(major_locator=LogLocator(subs=(1, 3)), minor_locator=NullLocator())
+        axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
         axes.invert_yaxis()
         axes.grid(color="0.9", axis="x")

@@ -99,6 +99,9 @@ class Algorithm(ABC):
         """
         clock.local_work(cohort, local_steps)
 
+    def corrupt_rows(self, rows: Tensor, exchange: Exchange) -> None:
+        """Let simulated attackers replace their rows, before rows are checked and mixed; called on every rank."""
+
     @abstractmethod
     def mix(self, rows: Tensor, exchange: Exchange) -> None:
         """The communication of a round, in place on the rows ``[C, P]`` of this rank's clients.

@@ -364,7 +364,9 @@ class ClientBank:
 
     def has_state(self, client: int) -> bool:
         """Whether a client keeps anything between steps beside its rows."""
-        return client == self.bound or self._stepper(client) in self._scalers or self.has_optimizer_state(client)
+        if client == self.bound or self._stepper(client) in self._scalers or self.has_optimizer_state(client):
+            return True
+        return client in self._gradients
 
     def state_of(self, client: int) -> dict[str, Any]:
         """What one client keeps between steps, as tensors and plain values."""
@@ -378,7 +380,14 @@ class ClientBank:
             optimizer.state = optimizer_before
         if client == self.bound:
             self._bind_added(client)
-        return {"optimizers": states, "scaler": self._scalers.get(self._stepper(client))}
+        gradients = self._gradients.get(client)
+        if client == self.bound and self.keep_gradients:
+            gradients = [parameter.grad for parameter in self.parameters]
+        return {
+            "optimizers": states,
+            "scaler": self._scalers.get(self._stepper(client)),
+            "gradients": gradients and [None if gradient is None else gradient.clone() for gradient in gradients],
+        }
 
     def load_state_of(self, client: int, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_of`; the optimizers' hyperparameters stay as they are."""
@@ -392,3 +401,7 @@ class ClientBank:
             scale, growth = state["scaler"]
             device = self.rows.matrix.device
             self._scalers[self._stepper(client)] = scale.to(device), growth.to(device)
+        if state["gradients"] is not None and self.keep_gradients:
+            self._gradients[client] = [
+                None if gradient is None else gradient.to(self.rows.matrix) for gradient in state["gradients"]
+            ]

@@ -14,7 +14,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_fed.federation.preemption import Preemption
 from lightning_fed.federation.rounds import start_round
+from lightning_fed.federation.running_values import add_running_values
 from lightning_fed.federation.sampler import JointBatch
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ class Companion(Callback):
 
     def __init__(self, strategy: FederatedStrategy) -> None:
         self.strategy = strategy
+        self._fits = 0
+        self._preemption: Preemption | None = None
 
     @classmethod
     def accompany(cls, trainer: Trainer, strategy: FederatedStrategy) -> None:
@@ -57,7 +61,19 @@ class Companion(Callback):
 
         pl_module.__dict__["_on_before_batch_transfer"] = of_each_client
 
+        if stage == "fit":
+            self._fits += 1
+            self._preemption = Preemption(self.strategy, trainer, self._fits)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._preemption is not None:
+            self._preemption.after_exception(exception)
+            self._preemption.forget()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._preemption is not None:
+            self._preemption.forget()
+            self._preemption = None
         pl_module.__dict__.pop("_on_before_batch_transfer", None)
         for replaced in ("_broadcast_sigterm_tensor", "_should_check_val_fx", "_build_kwargs"):
             trainer.fit_loop.epoch_loop.__dict__.pop(replaced, None)
@@ -125,8 +141,11 @@ class Companion(Callback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.strategy.local_step.joint, self.strategy.local_step.batch_idx = batch, batch_idx
-        if self.strategy.local_step.shows_batches:
+        local_step = self.strategy.local_step
+        local_step.joint, local_step.batch_idx = batch, batch_idx
+        while local_step.running_values:
+            add_running_values(local_step, local_step.running_values.pop(0))
+        if local_step.shows_batches:
             batch.replace(lambda minibatch: minibatch, one_by_one=True)
         if batch.index == 0:
             start_round(self.strategy)
@@ -138,6 +157,8 @@ class Companion(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.strategy.local_step.logs.publish_step()
+        if self._preemption is not None:
+            self._preemption.look(batch.is_last_of_round)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         peers = self.strategy.peers

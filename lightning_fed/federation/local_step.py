@@ -67,6 +67,7 @@ class LocalStep:
         self.bank = strategy.bank
         self.logs = ClientLogs(module, on_step=True, on_epoch=False, per_client=strategy.log_clients)
         self.joint: JointBatch | None = None
+        self.running_values: list[dict[str, Any]] = []  # of the epoch in which a resumed run has stopped
         self.batch_idx = 0
         self._seed, self._replica = strategy.seed, strategy.layout.replica_of_rank(strategy.global_rank)
         self.device = strategy.root_device
@@ -266,8 +267,8 @@ class LocalStep:
         # What callbacks and hooks draw must not depend on which client this rank has trained last.
         ambient = derive_seed(Stream.ROUND, self._seed, self.joint.round, self.joint.index)
         seed_generators(ambient, self.device)
-        joint, self.joint = self.joint, None
-        finish_joint_step(self.strategy, joint)
+        finish_joint_step(self.strategy, self.joint)
+        self.joint = None
 
     # -------------------------------------------------------------------------------------------------- one client
 

@@ -7,6 +7,7 @@ tensors; nothing that comes from another rank is ever unpickled.
 from __future__ import annotations
 
 import json
+import os
 import queue
 import time
 from collections.abc import Sequence
@@ -193,7 +194,8 @@ class Link:
 def _device() -> Any:
     """What all links of this process share: a network interface and the thread that serves it."""
     gloo: Any = dist.ProcessGroupGloo
-    return gloo.create_default_device()
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]  # as in an ordinary process group
+    return gloo.create_device(interface=interface) if interface else gloo.create_default_device()
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_fed.checks import check_choice, check_counts, check_seconds, given
 from lightning_fed.federation.client_logs import LogEntry, Logs
+from lightning_fed.federation.durable_files import DurableCheckpointIO
 from lightning_fed.federation.elastic_exchange import ElasticExchange
 from lightning_fed.federation.elastic_launcher import ElasticScriptLauncher
 from lightning_fed.federation.exchange import CollectiveExchange, Exchange, LoopbackExchange
@@ -69,6 +70,7 @@ class FederationProcesses(DDPStrategy):
                 "live, but on_peer_loss='drop' lets them die: use ranks_per_client=1, or on_peer_loss='raise'."
             )
         super().__init__(
+            checkpoint_io=DurableCheckpointIO(),
             process_group_backend=process_group_backend,
             timeout=timedelta(seconds=timeout),
             start_method=start_method,

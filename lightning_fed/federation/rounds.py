@@ -25,9 +25,14 @@ def start_round(strategy: FederatedStrategy) -> None:
     if not strategy.keeps_rows:
         hold_rows(strategy, strategy.cohort)
     strategy.dropped = np.array([], dtype=np.int64)
-    if strategy.gathers_gradients or strategy.settles_nonfinite:
+    if remembers_buffers(strategy):
         strategy.buffers_before = bank.buffers.matrix.clone()
     strategy.start_round(bank.rows.matrix, bank.buffers.matrix, strategy.exchange)
+
+
+def remembers_buffers(strategy: FederatedStrategy) -> bool:
+    """Whether an algorithm may undo a round's steps."""
+    return strategy.gathers_gradients or strategy.settles_nonfinite
 
 
 def hold_rows(strategy: FederatedStrategy, clients: np.ndarray) -> None:
@@ -64,6 +69,7 @@ def finish_round(strategy: FederatedStrategy) -> None:
     bank.bind_nothing()
     if strategy.clock is not None:
         strategy.pass_time(strategy.clock, strategy.cohort, local_steps(strategy))
+    strategy.corrupt_rows(bank.rows.matrix, exchange)
     if isinstance(exchange, ElasticExchange):
         exchange.begin_round(strategy.round, excluded=settle_nonfinite_here(strategy))
     elif not strategy.settles_nonfinite:

@@ -180,6 +180,11 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         return self._local_step
 
     @property
+    def is_within_joint_step(self) -> bool:
+        """Whether some clients may have made a step that others have not."""
+        return self._local_step is not None and self._local_step.joint is not None
+
+    @property
     def sampler(self) -> ClientBatchSampler:
         """What plans the rounds. Exists from the first training loader on."""
         assert self._sampler is not None
@@ -423,24 +428,20 @@ class FederatedStrategy(Algorithm, FederationProcesses):
             return
         if self.is_elastic and not self.is_global_zero:
             return
-        directory = FederationCheckpoint.write_clients(self, checkpoint, Path(filepath))
-        self.barrier("every rank has written its clients")
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-        if self.is_global_zero:
-            FederationCheckpoint.remove_directories(Path(filepath), keep=directory)
+        FederationCheckpoint.write(self, checkpoint, Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        path = FederationCheckpoint.choose(self, Path(checkpoint_path))
+        checkpoint = super().load_checkpoint(path, weights_only=True)
         assert self.lightning_module is not None
-        self._resume = FederationCheckpoint.read(
-            checkpoint, Path(checkpoint_path), required=self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        )
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        self._resume = FederationCheckpoint.read(checkpoint, path, required=fitting)
         return checkpoint
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         super().load_optimizer_state_dict(checkpoint)
         if self._resume is not None:
-            self._resume.restore_optimizers(self)
+            self._resume.restore_training(self)
             self._resume = None
 
     def remove_checkpoint(self, filepath: str | Path) -> None:

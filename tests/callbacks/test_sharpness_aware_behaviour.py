@@ -337,7 +337,7 @@ def test_the_core_moves_nothing_without_a_direction() -> None:
     ("settings", "message"),
     [
         ({"rho": -0.1}, "rho=-0.1 must not be negative"),
-        ({"rho": float("nan")}, "rho=nan must not be negative"),
+        ({"rho": float("nan")}, "rho=nan must be a number"),
         ({"p": 1.0}, "p=1.0 must be more than 1"),
         ({"eta": -1.0}, "eta=-1.0 must not be negative"),
         ({"every_n_steps": 0}, "every_n_steps=0 must be at least 1"),

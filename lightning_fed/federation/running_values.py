@@ -1,0 +1,60 @@
+"""What an epoch has logged so far on a rank: it belongs to no client, and a run that resumes goes on with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_fed.federation.client_logs import LogEntry
+
+if TYPE_CHECKING:
+    from lightning_fed.federation.local_step import LocalStep
+
+
+def running_values(local_step: LocalStep) -> dict[str, Any]:
+    """Sums of ``self.log``, and the states of the module's torchmetrics objects, as plain values and tensors."""
+    return {
+        "logs": {name: entry.to_plain() for name, entry in local_step.logs.entries.items()},
+        "metrics": {
+            name: {**metric._copy_state_dict(), "_update_count": metric._update_count}
+            for name, metric in metrics_of(local_step)
+        },
+    }
+
+
+def add_running_values(local_step: LocalStep, values: dict[str, Any]) -> None:
+    """Go on with what a rank had logged; with that of several ranks, if they were more than now."""
+    entries = local_step.logs.entries
+    for name, plain in values["logs"].items():
+        entry = LogEntry.from_plain(plain)
+        if name in entries:
+            entry.merge(entries[name])
+        entries[name] = entry
+    for name, metric in metrics_of(local_step):
+        state = values["metrics"].get(name)
+        if state is not None and state["_update_count"]:
+            add_state(metric, state)
+
+
+def metrics_of(local_step: LocalStep) -> list[tuple[str, Metric]]:
+    """The module's torchmetrics objects, by name."""
+    return [(name, part) for name, part in local_step.module.named_modules() if isinstance(part, Metric)]
+
+
+def add_state(metric: Metric, state: dict[str, Any]) -> None:
+    """Take what another object of the class has accumulated into account, before what this one has."""
+    count = state["_update_count"]
+    theirs = {name: moved(state[name], metric) for name in metric._defaults}
+    if metric._update_count:
+        metric._update_count += count
+        metric._reduce_states(theirs)
+    else:
+        metric.__dict__.update(theirs, _update_count=count)
+    metric._computed = None
+
+
+def moved(value: Any, metric: Metric) -> Any:
+    """A state on the device of its metric."""
+    return value.to(metric.device) if isinstance(value, Tensor) else [part.to(metric.device) for part in value]

@@ -1,0 +1,118 @@
+"""Stop after any joint step, resume, and end where the uninterrupted run ends: to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from federations import Classifier, all_rows, clients, loaders, silent_trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_fed import (
+    DFedSAMStrategy,
+    EControlStrategy,
+    FedAvgStrategy,
+    GaussianNoise,
+    GossipStrategy,
+    MoDeSTStrategy,
+    TrimmedMean,
+    UserLevelPrivacy,
+)
+from lightning_fed.callbacks import Grokfast, SharpnessAware
+from lightning_fed.compression import LowRank, RandK, TopK
+from lightning_fed.federation.virtual_clock import LogNormal, VirtualClock
+
+CLIENTS = 5
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.01)
+
+
+CLIENTS = 5
+STRATEGIES: dict[str, Any] = {
+    "fedavg": lambda **s: FedAvgStrategy(cohort_size=3, **s),
+    "fedprox": lambda **s: FedAvgStrategy(mu=0.1, optimizer_state="keep", **s),
+    "fedadam": lambda **s: FedAvgStrategy(server_optimizer=adam, **s),
+    "gossip": lambda **s: GossipStrategy(optimizer_state="keep", **s),
+    "in waves": lambda **s: GossipStrategy(optimizer_state="keep", clients_per_step=3, **s),
+    "gossip, rare": lambda **s: GossipStrategy(local_steps=2, rounds_per_epoch=2, topology="one-peer-exponential", **s),
+    "choco": lambda **s: GossipStrategy(method="choco", gamma=0.4, compressor=TopK(0.3), **s),
+    "low rank": lambda **s: GossipStrategy(method="choco", gamma=0.4, compressor=LowRank(1), **s),
+    "dsgt": lambda **s: GossipStrategy(method="tracking", local_steps=1, rounds_per_epoch="pass", **s),
+    "beer": lambda **s: GossipStrategy(
+        method="beer", compressor=RandK(0.3), local_steps=1, rounds_per_epoch="pass", **s
+    ),
+    "dfedsam": lambda **s: DFedSAMStrategy(rho=0.05, **s),
+    "econtrol": lambda **s: EControlStrategy(TopK(0.3), **s),
+    "modest": lambda **s: MoDeSTStrategy(sample_size=3, num_aggregators=2, **s),
+    "drops": lambda **s: GossipStrategy(on_nonfinite="drop", evaluate="both", **s),
+    "clipped": lambda **s: GossipStrategy(max_update_norm=0.05, **s),
+    "attacked": lambda **s: GossipStrategy(
+        robust=TrimmedMean(1), attack=GaussianNoise([2], 1.0), topology="complete", **s
+    ),
+    "private": lambda **s: FedAvgStrategy(
+        cohort_size=3, weighting="uniform", privacy=UserLevelPrivacy(0.1, 1.0, 0.1, secret_seed=1), **s
+    ),
+    "timed": lambda **s: GossipStrategy(clock=VirtualClock(LogNormal(1.0, 0.5)), float_buffers="local", **s),
+}
+
+
+TRAINERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulating": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5},
+    "sharpness-aware": {"callbacks": [SharpnessAware]},
+    "grokfast": {"callbacks": [Grokfast]},
+}
+
+
+class Quiet(Classifier):
+    """Without a torchmetrics object in its step, which waves refuse."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("train/loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+
+def fit(name: str, directory: Path, resume: Path | None = None, saves: bool = False, **settings: Any) -> dict[str, Any]:
+    """Train, and tell where that has led; with a checkpoint after each joint step, if wanted."""
+    pl.seed_everything(3 if resume is None else 99, verbose=False)  # the checkpoint knows better
+    strategy = STRATEGIES[name](num_clients=CLIENTS)
+    callbacks = [callback() for callback in settings.pop("callbacks", [])]
+    if saves:
+        callbacks.append(ModelCheckpoint(directory, "{step}", save_top_k=-1, every_n_train_steps=1))
+    trainer = silent_trainer(strategy, max_epochs=2, callbacks=callbacks, enable_checkpointing=saves, **settings)
+    module = Quiet() if name == "in waves" else Classifier(momentum=0.9, norm=name != "private")
+    trainer.fit(module, *loaders(clients(CLIENTS), batch_size=8), ckpt_path=resume)
+    return {
+        "model": torch.cat([value.flatten() for value in module.state_dict().values()]).numpy(),
+        "bytes": strategy.exchange.total_bytes,
+        "steps": (trainer.global_step, trainer.current_epoch, strategy.round),
+        "time": strategy.clock and strategy.clock.now,
+        "rows": all_rows(strategy),
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+    }
+
+
+CASES = [(name, "plain") for name in STRATEGIES] + [("gossip", name) for name in TRAINERS if name != "plain"]
+
+
+@pytest.mark.parametrize(("name", "trainer"), CASES)
+def test_every_joint_step_is_a_place_to_stop(name: str, trainer: str, tmp_path: Path) -> None:
+    whole = fit(name, tmp_path, **TRAINERS[trainer])
+    np.testing.assert_equal(fit(name, tmp_path, saves=True, **TRAINERS[trainer]), whole)
+    checkpoints = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
+    assert len(checkpoints) >= 4
+    for checkpoint in checkpoints[:-1]:
+        np.testing.assert_equal(fit(name, tmp_path, checkpoint, **TRAINERS[trainer]), whole, checkpoint.stem)
+    np.testing.assert_array_equal(fit(name, tmp_path, checkpoints[-1], **TRAINERS[trainer])["model"], whole["model"])
