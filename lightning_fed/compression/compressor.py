@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_fed.checks import check_choice, check_numbers
+
 Scope = Literal["model", "layer"]
 
 
@@ -82,8 +84,7 @@ class Compressor(ABC):
     """
 
     def __init__(self, scope: Scope = "model") -> None:
-        if scope not in ("model", "layer"):
-            raise ValueError(f"scope={scope!r} is not one of ('model', 'layer').")
+        check_choice("scope", scope, "model", "layer")
         self.scope = scope
         self.layers: Sequence[Layer] = ()
         self.width = 0
@@ -106,6 +107,14 @@ class Compressor(ABC):
 
     def prepare(self, num_rows: int) -> None:
         """Compute what depends on the layers, when bound; called once."""
+
+    def of_rows(self, rows: slice) -> Self:
+        """The same for some of the rows alone; what it keeps of them is the same memory."""
+        if self.state is None:
+            return self
+        part = copy.copy(self)
+        part.state = self.state[rows]
+        return part
 
     @property
     def blocks(self) -> list[int]:
@@ -184,6 +193,7 @@ class Sparsifier(Compressor):
 
     def __init__(self, ratio: float, scope: Scope = "model") -> None:
         super().__init__(scope)
+        check_numbers(ratio=ratio)
         if not 0 < ratio <= 1:
             raise ValueError(
                 f"ratio={ratio} of {type(self).__name__} must be in (0, 1]: it is the share of the entries that travel."

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_fed.checks import check_counts
 from lightning_fed.compression.compressor import Compressor, DenseVector, Layer, join, split
 
 START_SEED = 0
@@ -40,8 +41,7 @@ class LowRank(Compressor):
 
     def __init__(self, rank: int = 4) -> None:
         super().__init__("layer")
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank={rank!r} of LowRank must be an integer of at least 1.")
+        check_counts(rank=rank)
         self.rank = rank
 
     def prepare(self, num_rows: int) -> None:

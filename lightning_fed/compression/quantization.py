@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_fed.checks import check_counts, check_flags, given
 from lightning_fed.compression.bit_packing import pack_bits, packed_size, unpack_bits
 from lightning_fed.compression.compressor import Compressor, DenseVector, Scope, join, split
 
@@ -30,6 +31,11 @@ class ScaledSign(Compressor):
     Args:
         scope: see :class:`~lightning_fed.compression.compressor.Compressor`.
     """
+
+    def prepare(self, num_rows: int) -> None:
+        # The eight signs that a byte stands for, which is faster to look up than to compute.
+        bits = unpack_bits(torch.arange(256, dtype=torch.uint8)[:, None], 1, 8)
+        self._signs = bits.to(self.device, self.dtype).mul_(2).sub_(1)
 
     @property
     def delta_is_typical(self) -> bool:
@@ -51,7 +57,7 @@ class ScaledSign(Compressor):
     def unpack(self, message_B: Tensor, seed: int) -> DenseVector:
         fields = (torch.uint8, packed_size(self.width, 1)), (self.dtype, len(self.blocks))
         packed, scales = split(message_B, *fields)
-        signs = unpack_bits(packed, 1, self.width).to(self.dtype).mul_(2).sub_(1)
+        signs = self._signs.index_select(0, packed.to(torch.int32)).view(-1)[: self.width]
         return DenseVector(_multiply_runs_(signs, scales, _runs(self.blocks)))
 
 
@@ -85,12 +91,10 @@ class Quantize(Compressor):
         self, bits: int = 4, scope: Scope = "model", bucket_size: int | None = 512, unbiased: bool = False
     ) -> None:
         super().__init__(scope)
-        if bits not in range(1, 9):
+        check_counts(bits=bits, **given(bucket_size=bucket_size))
+        check_flags(unbiased=unbiased)
+        if bits > 8:
             raise ValueError(f"bits={bits!r} of Quantize must be an integer from 1 to 8: it is what an entry costs.")
-        if bucket_size is not None and (not isinstance(bucket_size, int) or bucket_size < 1):
-            raise ValueError(
-                f"bucket_size={bucket_size!r} of Quantize must be an integer of at least 1, or None (one norm a block)."
-            )
         self.bits = bits
         self.bucket_size = bucket_size
         self.unbiased = unbiased
@@ -101,6 +105,9 @@ class Quantize(Compressor):
         for size in self.blocks:
             bucket = self.bucket_size or max(size, 1)
             self._buckets += [bucket] * (size // bucket) + [size % bucket] * (size % bucket > 0)
+        self._runs = _runs(self._buckets)
+        shrink = [1.0 if self.unbiased else 1 / (1 + self.omega(size)) for size in self._buckets]
+        self._shrink = torch.tensor(shrink, dtype=self._exact).to(self.device)
 
     @property
     def is_contractive(self) -> bool:
@@ -124,7 +131,7 @@ class Quantize(Compressor):
         return ratio - 1 if ratio >= 2 else ratio**2 / 4
 
     def pack(self, rows_CP: Tensor, seeds: Sequence[int]) -> Tensor:
-        runs = _runs(self._buckets)
+        runs = self._runs
         exact = rows_CP.to(self._exact)
         draws_CP = torch.stack([_uniform(seed, self.width, self._exact) for seed in seeds]).to(rows_CP.device)
         norms, codes = [], []
@@ -139,9 +146,8 @@ class Quantize(Compressor):
         codes = unpack_bits(packed, self.bits, self.width).to(self._exact)
         levels = codes.mul_(2).sub_(self._intervals).div_(self._intervals)
         if not self.unbiased:
-            shrink = [1 / (1 + self.omega(size)) for size in self._buckets]
-            norms = norms * torch.tensor(shrink, dtype=self._exact).to(norms.device)
-        return DenseVector(_multiply_runs_(levels, norms, _runs(self._buckets)).to(self.dtype))
+            norms = norms * self._shrink
+        return DenseVector(_multiply_runs_(levels, norms, self._runs).to(self.dtype))
 
     @property
     def _exact(self) -> torch.dtype:

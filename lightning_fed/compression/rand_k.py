@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_fed.checks import check_flags
 from lightning_fed.compression.compressor import Scope, SparseVector, Sparsifier, join, split
 
 SORTED_SHARE = 0.02  # of a block; from this share on it is faster to mark the entries in the block
@@ -36,6 +37,7 @@ class RandK(Sparsifier):
 
     def __init__(self, ratio: float, scope: Scope = "model", unbiased: bool = False) -> None:
         super().__init__(ratio, scope)
+        check_flags(unbiased=unbiased)
         self.unbiased = unbiased
 
     @property

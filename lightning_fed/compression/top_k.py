@@ -54,9 +54,11 @@ class TopK(Sparsifier):
     def unpack(self, message_B: Tensor, seed: int) -> SparseVector:
         fields = (self.dtype, self.num_kept), (torch.uint16, self.num_kept), (torch.int32, self._num_stretches)
         values, low, counts = split(message_B, *fields)
-        starts = torch.arange(self._num_stretches, device=message_B.device) * STRETCH
-        # Told how many there will be, a GPU need not wait for the sum of the counts.
-        indices = starts.repeat_interleave(counts, output_size=self.num_kept) + low.to(torch.int64)
+        indices = low.to(torch.int64)
+        if self._num_stretches > 1:
+            starts = torch.arange(self._num_stretches, device=message_B.device) * STRETCH
+            # Told how many there will be, a GPU need not wait for the sum of the counts.
+            indices += starts.repeat_interleave(counts, output_size=self.num_kept)
         return SparseVector(indices, values)
 
     @property

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_fed.compression import Compressor, Identity, Layer
-from lightning_fed.federation.compressed_channel import CompressedChannel, row_norms
+from lightning_fed.federation.compressed_channel import CompressedChannel, Weighted, row_norms
 from lightning_fed.federation.exchange import Exchange
 
 ErrorFeedbackName = Literal["econtrol", "ef", "ef21", "none"]
@@ -77,8 +77,6 @@ class CompressedMean:
         self.errors = torch.zeros_like(like_CP) if method in ("econtrol", "ef") else None
         self.estimates = torch.zeros_like(like_CP) if method in ("econtrol", "ef21") else None
         self.mean = torch.zeros_like(like_CP[0])
-        # Kept: fresh memory of this size costs a CPU more, in page faults, than what is written into it.
-        self._message = torch.empty_like(like_CP)
         self.steps = self.skipped = 0
         num_clients = exchange.layout.num_clients
         self._weights = np.full((1, num_clients), 1 / num_clients)
@@ -98,23 +96,26 @@ class CompressedMean:
         channel = self._exact if first and self._first_estimate == "exact" else self.channel
 
         difference = g if self.estimates is None else g.sub_(self.estimates)  # g - h_i
-        if self.errors is None:
-            message = self._message.copy_(difference)
-        else:
-            message = torch.add(difference, self.errors, alpha=self._eta, out=self._message)  # eta e_i + g - h_i
-        sent = channel.send(message, exchange.everyone, exchange, self.steps + self.skipped)  # D = C(...)
+
+        def messages(place: tuple[slice, slice], out: Tensor) -> Tensor:
+            if self.errors is None:
+                return difference[place]
+            return torch.add(difference[place], self.errors[place], alpha=self._eta, out=out)  # eta e_i + g - h_i
+
+        sent = channel.send(messages, exchange.everyone, exchange, self.steps + self.skipped)  # D = C(...)
         if not is_finite():
             sent.discard()
             self.skipped += 1
             return None
+        own: list[Weighted] = []
         if self.errors is not None and not (first and self._first_estimate == "compressed"):
-            self.errors += difference  # e_i <- e_i + g - h_i - D
-            sent.add_own_(self.errors, -1.0)
+            self.errors += difference
+            own.append((self.errors, -1.0))  # e_i <- e_i + g - h_i - D
         if self.estimates is None:
             self.mean.zero_()
         else:
-            sent.add_own_(self.estimates)  # h_i <- h_i + D
-        sent.add_received_(self.mean.unsqueeze(0), self._weights)  # h <- h + mean_i D_i
+            own.append((self.estimates, 1.0))  # h_i <- h_i + D
+        sent.add_received_(self.mean.unsqueeze(0), self._weights, own)  # h <- h + mean_i D_i
         self.steps += 1
         return self.mean
 

@@ -5,7 +5,7 @@ Shapes: C = clients on this rank, P = trainable parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,17 +48,22 @@ class GradientStep:
             clients: who is bound.
         """
         slots = [self.bank.slot(client) for client in clients]
-        start = 0
+        for first, stop in runs(slots):
+            self._flatten(slice(first, stop), self.gradients[slots[first] : slots[first] + stop - first])
+        self.bank.clear_gradients()
+
+    def _flatten(self, members: slice, out_MP: Tensor) -> None:
+        """The unscaled gradients of some of those who are bound."""
+        flat = []
         for parameter, template in zip(self.bank.parameters, self.bank.rows.templates):
-            stop = start + template.numel()
-            gradient = parameter.grad
-            flat = torch.zeros(()) if gradient is None else gradient.reshape(len(clients), -1)
-            self.gradients[slots, start:stop] = flat.to(self.gradients)
-            start = stop
+            if parameter.grad is None:
+                flat.append(out_MP.new_zeros((len(out_MP), template.numel())))
+            else:
+                flat.append(parameter.grad.reshape(-1, template.numel())[members].to(out_MP))
+        torch.cat(flat, dim=1, out=out_MP)
         scaler = self.bank.scaler
         if scaler is not None and scaler._scale is not None:
-            self.gradients[slots[0]].div_(scaler._scale.to(self.gradients.device))  # which is a single client's
-        self.bank.clear_gradients()
+            out_MP.div_(scaler._scale.to(out_MP.device))  # which is a single client's
 
     @torch.no_grad()
     def step(self, loss: Tensor | None, lightning: Callable[[Callable[[], Tensor | None]], None]) -> None:
@@ -75,7 +80,7 @@ class GradientStep:
             if self.bank.scaler is None:
                 return
             # The loss scaler skips a step along infinity, and lowers its scale.
-            directions = torch.full_like(self.gradients, torch.inf)
+            directions = self.gradients.new_full((1, 1), torch.inf).expand_as(self.gradients)
         for client in self.bank.clients[:1] if self.strategy.one_model else self.bank.clients:
             self.bank.bind_client(client)
             self._put(directions[self.bank.slot(client)])
@@ -94,3 +99,12 @@ class GradientStep:
 
     def _views(self, vector_P: Tensor) -> tuple[Tensor, ...]:
         return _unflatten_dense_tensors(vector_P, self.bank.rows.templates)
+
+
+def runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Where rows that are neighbours begin and end in a list of rows."""
+    first = 0
+    for stop in range(1, len(slots) + 1):
+        if stop == len(slots) or slots[stop] != slots[stop - 1] + 1:
+            yield first, stop
+            first = stop

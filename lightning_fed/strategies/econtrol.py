@@ -13,6 +13,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_fed.checks import check_callables, check_choice, check_kinds, check_numbers, given
 from lightning_fed.compression import Compressor, TopK
 from lightning_fed.federation.algorithm import RoundFacts
 from lightning_fed.federation.clients import ClientBank
@@ -22,7 +23,6 @@ from lightning_fed.federation.gradient_step import state_dtype
 from lightning_fed.federation.participation import FullParticipation
 from lightning_fed.federation.rounds import nonfinite_error, nonfinite_slots, restore_buffers
 from lightning_fed.federation.server_model import ServerModel
-from lightning_fed.federation.settings import check_choice
 from lightning_fed.federation.strategy import FederatedStrategy
 from lightning_fed.federation.virtual_clock import VirtualClock
 
@@ -72,11 +72,14 @@ class EControlStrategy(FederatedStrategy):
         super().__init__(
             local_steps=local_steps,
             rounds_per_epoch=rounds_per_epoch,
-            optimizer_state=optimizer_state or ("keep" if one_model else "reset"),
+            optimizer_state=("keep" if one_model else "reset") if optimizer_state is None else optimizer_state,
             **federation,
         )
+        check_kinds(Compressor, **given(compressor=compressor))
+        check_callables(**given(server_optimizer=server_optimizer))
         check_choice("error_feedback", error_feedback, "econtrol", "ef21", "ef", "none")
         check_choice("h0", h0, "exact", "zero", "compressed")
+        check_numbers(**given(eta=eta))
         if eta is not None and not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} must be between 0 (EF21) and 1.")
         self.compressor = compressor if compressor is not None else TopK(0.01)

@@ -14,6 +14,8 @@ from torch import Tensor
 from lightning_fed.federation.exchange import Exchange
 from lightning_fed.federation.gradient_step import state_dtype
 from lightning_fed.federation.public_copies import PublicCopies
+from lightning_fed.federation.robust_mixing import robust_mix_
+from lightning_fed.robust import RobustMix
 
 Weights = Callable[[int], np.ndarray]  # of a gossip step, W [N, N]
 Proximal = Callable[[Tensor], None]  # on the rows, in place
@@ -34,7 +36,11 @@ class GossipMethod:
     def mix(self, rows: Tensor, exchange: Exchange, round: int) -> None:
         """The communication of a round, in place on the rows ``[C, P]``; rounds that were left out do not count."""
         for step in range(round * self.gossip_steps, (round + 1) * self.gossip_steps):
-            exchange.mix_(rows, self.weights(step))  # X <- W X
+            self.average(rows, exchange, step)
+
+    def average(self, rows: Tensor, exchange: Exchange, step: int) -> None:
+        """One gossip step of rows, or of float buffers, as they are."""
+        exchange.mix_(rows, self.weights(step))  # X <- W X
 
     def directions(self, gradients: Tensor, exchange: Exchange, round: int) -> Tensor:
         """What the optimizers take for their gradients, for methods that gather them."""
@@ -47,6 +53,21 @@ class GossipMethod:
     def client_matrices(self) -> dict[str, Tensor]:
         """State of each client, ``[C, P]``."""
         return {}
+
+
+class RobustGossip(GossipMethod):
+    """A robust rule in the place of the weighted mean: ``x_i <- rule({x_j : w_ij != 0 or j = i})``.
+
+    With :class:`~lightning_fed.robust.NearestNeighborAverage`, one local step and SGD with momentum it is MoNNA
+    (Farhadkhani et al., ICML 2023).
+    """
+
+    def __init__(self, weights: Weights, gossip_steps: int, rule: RobustMix) -> None:
+        super().__init__(weights, gossip_steps)
+        self.rule = rule
+
+    def average(self, rows: Tensor, exchange: Exchange, step: int) -> None:
+        robust_mix_(self.rule, rows, self.weights(step), exchange)
 
 
 class Choco(GossipMethod):
@@ -98,7 +119,7 @@ class GradientTracking(GossipMethod):
 
     def track(self, gradients: Tensor) -> None:
         """``y <- y + g^t - g^{t-1}``: the mean of y stays the mean of the gradients."""
-        self.trackers += gradients - self.last_gradients
+        self.trackers -= self.last_gradients.sub_(gradients)  # to the bit y + (g^t - g^{t-1}), with no new matrix
         self.last_gradients.copy_(gradients)
 
     def mix(self, rows: Tensor, exchange: Exchange, round: int) -> None:

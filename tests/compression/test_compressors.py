@@ -549,32 +549,6 @@ def test_low_rank_warm_starts_belong_to_the_rows_it_was_bound_to() -> None:
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: TopK(0.0), r"ratio=0.0 of TopK must be in \(0, 1\]"),
-        (lambda: TopK(1.01), r"ratio=1.01 of TopK must be in \(0, 1\]"),
-        (lambda: RandK(-0.1), r"ratio=-0.1 of RandK must be in \(0, 1\]"),
-        (lambda: RandK(float("nan")), r"ratio=nan of RandK must be in \(0, 1\]"),
-        (lambda: Quantize(0), "bits=0 of Quantize must be an integer from 1 to 8"),
-        (lambda: Quantize(9), "bits=9 of Quantize must be an integer from 1 to 8"),
-        (lambda: Quantize(2.5), "bits=2.5 of Quantize must be an integer from 1 to 8"),
-        (lambda: Quantize(bucket_size=0), "bucket_size=0 of Quantize must be an integer of at least 1, or None"),
-        (lambda: Quantize(bucket_size=1.5), "bucket_size=1.5 of Quantize must be an integer of at least 1, or None"),
-        (lambda: LowRank(0), "rank=0 of LowRank must be an integer of at least 1"),
-        (lambda: LowRank(1.5), "rank=1.5 of LowRank must be an integer of at least 1"),
-        *(
-            (lambda make=make: make("block"), r"scope='block' is not one of \('model', 'layer'\)")
-            for make in (lambda scope: TopK(0.1, scope), lambda scope: RandK(0.1, scope), ScaledSign)
-        ),
-        (lambda: Quantize(scope="tensor"), r"scope='tensor' is not one of \('model', 'layer'\)"),
-    ],
-)
-def test_bad_settings(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
 def test_a_rank_above_a_side_is_refused_by_name() -> None:
     rows = random_rows()
     LowRank(6).bind(LAYERS, rows)
