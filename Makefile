@@ -1,10 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
+MINUTES := 30
 
 # Small models on few cores: more threads per process spin against each other, 5 to 100 times slower.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all chaos lint clean
 
 .venv: .venv/installed
 
@@ -25,6 +26,9 @@ test: lint
 
 test-all: lint
 	$(BIN)/pytest
+
+chaos: .venv/installed
+	$(BIN)/python benchmarks/chaos.py loop --minutes $(MINUTES)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

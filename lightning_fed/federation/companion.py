@@ -115,6 +115,11 @@ class Companion(Callback):
 
         # Lightning would look at the signature of `training_step` again for every batch.
         trainer.fit_loop.epoch_loop._build_kwargs = self._arguments_of_step  # type: ignore[method-assign]
+        progress = trainer.fit_loop.epoch_progress.current
+        if trainer.fit_loop.restarted_mid_epoch and progress.ready == progress.completed:
+            # Resumed behind an epoch's last joint step. Lightning would not count the next epoch as begun, and its
+            # checkpoints would resume from the wrong place.
+            trainer.fit_loop.reset_restart_stage()
 
     def _arguments_of_step(self, kwargs: OrderedDict[str, Any], batch: Any, batch_idx: int) -> OrderedDict[str, Any]:
         kwargs["batch"] = batch

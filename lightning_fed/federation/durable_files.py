@@ -153,7 +153,13 @@ def write(content: Any, file: IO[bytes]) -> Digest:
     if isinstance(content, bytes):
         writer.write(content)
     else:
-        torch.save(content, writer)  # type: ignore[arg-type]
+        try:
+            torch.save(content, writer)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            # torch ends its archive also after a write that has failed, and what it then says hides why.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
     return Digest(writer.size, writer.hash.hexdigest())
 
 
