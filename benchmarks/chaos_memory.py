@@ -53,7 +53,7 @@ def fit_for_long(strategy: str, rounds: int, folder: str) -> dict[str, Any]:
         seed_everything(0, verbose=False)
         run, meter = Run(strategy, folder, epochs=epochs), Meter(epochs)
         save = ModelCheckpoint(folder, "{epoch}", save_last=True, every_n_epochs=SAVE_EVERY_ROUNDS)
-        trainer = trainer_of(run, strategy_of(run), meter, save)
+        trainer = trainer_of(run, strategy_of(run, local_steps=1), meter, save)
         data, held_out = shards()
         trainer.fit(module_of(run), DataLoader(data, 12, shuffle=True), DataLoader(held_out, 64))
         del trainer

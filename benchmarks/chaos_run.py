@@ -61,8 +61,8 @@ STRATEGIES: dict[str, Callable[..., FederatedStrategy]] = {
     "D-PSGD": lambda **s: GossipStrategy(optimizer_state="keep", **s),
     "D-PSGD, in waves": lambda **s: GossipStrategy(optimizer_state="keep", clients_per_step=4, **s),
     "CHOCO": lambda **s: GossipStrategy(method="choco", gamma=0.4, compressor=TopK(0.3), **s),
-    "DSGT": lambda **s: GossipStrategy(method="tracking", **AT_EVERY_STEP, **s),
-    "BEER": lambda **s: GossipStrategy(method="beer", compressor=RandK(0.3), **AT_EVERY_STEP, **s),
+    "DSGT": lambda **s: GossipStrategy(method="tracking", **{**AT_EVERY_STEP, **s}),
+    "BEER": lambda **s: GossipStrategy(method="beer", compressor=RandK(0.3), **{**AT_EVERY_STEP, **s}),
     "DFedSAM": lambda **s: DFedSAMStrategy(rho=0.05, **s),
     "EControl": lambda **s: EControlStrategy(TopK(0.3), **s),
     "MoDeST": lambda **s: MoDeSTStrategy(sample_size=6, num_aggregators=2, **s),
@@ -179,9 +179,9 @@ def shards() -> tuple[FederatedDataset, TensorDataset]:
     return FederatedDataset(TensorDataset(images, labels), indices), TensorDataset(images[1600:1750], labels[1600:1750])
 
 
-def strategy_of(run: Run) -> FederatedStrategy:
-    """The strategy of a run, new for each fit."""
-    federation: dict[str, Any] = {"num_clients": CLIENTS, "timeout": TIMEOUT}
+def strategy_of(run: Run, **settings: Any) -> FederatedStrategy:
+    """The strategy of a run, new for each fit, with more settings if wanted."""
+    federation: dict[str, Any] = {"num_clients": CLIENTS, "timeout": TIMEOUT, **settings}
     if run.elastic:
         return ELASTIC[run.strategy](on_peer_loss="drop", ping_timeout=PING_TIMEOUT, **federation)
     if run.strategy == "FedAvg, private":

@@ -101,6 +101,17 @@ def test_blocks_of_clients_do_not_show(compressor: Compressor, monkeypatch: pyte
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("compressor", "kept"), [(ScaledSign(), 3), (TopK(0.1), 0)], ids=repr)
+def test_only_so_much_of_the_messages_stays_unpacked(compressor: Compressor, kept: int) -> None:
+    rows, exchange = torch.ones(N, P), LoopbackExchange(Layout(N))
+    channel = CompressedChannel(compressor, LAYERS, rows, seed=0)
+    sent = channel.send(lambda place, out: out.copy_(rows[place]), exchange.everyone, exchange, 0)
+    assert len(sent._kept) == kept
+    sent.add_received_(rows, RING)
+    assert not sent._kept
+
+
 def test_the_error_of_a_message_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compressed_channel, "NUMBERS_PER_PART", 10)
     rows, exchange = torch.randn(N, P, dtype=torch.float64), LoopbackExchange(Layout(N))
