@@ -78,7 +78,7 @@ def plant(file: Path, checkpoint: Path, mark: Path, replaced: bool) -> None:
         files = {name: digest_of(directory / name) for name in manifest.files}
         ordinary = digest_of(checkpoint)
         assert ordinary is not None and all(files.values())
-        Manifest(manifest.name, ordinary, files).write(directory)  # type: ignore[arg-type]
+        Manifest(ordinary, files).write(directory)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("replaced", [False, True])

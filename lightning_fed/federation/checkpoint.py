@@ -76,7 +76,7 @@ class FederationCheckpoint:
             if strategy.is_global_zero and files:
                 file = stage(checkpoint, path)
                 try:
-                    Manifest(path.name, file.digest, files).write(directory)
+                    Manifest(file.digest, files).write(directory)
                     file.commit()
                 except OSError:
                     file.discard()
@@ -182,16 +182,17 @@ class FederationCheckpoint:
         if remembers_buffers(strategy) and strategy.joint_index:
             strategy.buffers_before = torch.empty_like(bank.buffers.matrix)
             matrices.append((strategy.buffers_before, "buffers_before"))
-        for client, position, content in self._clients(strategy):
-            if position is not None:
-                bank.set_counters(client, content["counters"][position])
-            if not bank.has_row(client):
-                continue
-            slot, saved = bank.slot(client), self._saved_row(client, content["present"])
-            for matrix, name in matrices:
-                matrix[slot] = content[name][saved].to(matrix)
-            for name, matrix in strategy.client_matrices().items():
-                matrix[slot] = content["algorithm"][name][saved].to(matrix)
+        for start, stop, content in self._blocks(strategy):
+            for client, position in clients_of_block(strategy, start, stop, content):
+                if position is not None:
+                    bank.set_counters(client, content["counters"][position])
+                if not bank.has_row(client):
+                    continue
+                slot, saved = bank.slot(client), self._saved_row(client, content["present"])
+                for matrix, name in matrices:
+                    matrix[slot] = content[name][saved].to(matrix)
+                for name, matrix in strategy.client_matrices().items():
+                    matrix[slot] = content["algorithm"][name][saved].to(matrix)
         strategy.consensus_is_stale = True
 
     def _saved_row(self, client: int, present: list[int]) -> int:
@@ -218,30 +219,20 @@ class FederationCheckpoint:
 
     def restore_training(self, strategy: FederatedStrategy) -> None:
         """What exists in a fit only: the clients' optimizers, loss scalers and gradients, and what was logged."""
-        for client, _, content in self._clients(strategy):
-            if client in content["clients"]:
-                strategy.bank.load_state_of(client, content["clients"][client])
+        for start, stop, content in self._blocks(strategy):
+            for client, _ in clients_of_block(strategy, start, stop, content):
+                if client in content["clients"]:
+                    strategy.bank.load_state_of(client, content["clients"][client])
+            if start in strategy.exchange.clients and content["running"] is not None:
+                strategy.local_step.running_values.append(content["running"])
         strategy.bank.detach_optimizers()  # from what Lightning's file has of the client that was bound
-        for start, stop in self.header["blocks"]:
-            if start in strategy.exchange.clients:
-                running = self._load(strategy, block_name(start, stop))["running"]
-                strategy.local_step.running_values += [running] if running is not None else []
 
-    def _clients(self, strategy: FederatedStrategy) -> Any:
-        """Yields (client, its position in the file's block, the file's content) for each client of this rank.
-
-        The position is None for clients that are not at home anywhere, of which only the present ones have a state.
-        """
+    def _blocks(self, strategy: FederatedStrategy) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Yields (start, stop, content) for each file that may tell of this rank's clients, read once."""
         mine, exchange = strategy.exchange.clients, strategy.exchange
         for start, stop in self.header["blocks"]:
-            if exchange.deals_evenly:
-                content = self._load(strategy, block_name(start, stop))
-                for client in set(content["present"]) & set(exchange.present.tolist()):
-                    yield client, None, content
-            elif overlap := range(max(start, mine.start), min(stop, mine.stop)):
-                content = self._load(strategy, block_name(start, stop))
-                for client in overlap:
-                    yield client, client - start, content
+            if exchange.deals_evenly or range(max(start, mine.start), min(stop, mine.stop)):
+                yield start, stop, self._load(strategy, block_name(start, stop))
 
     def _load(self, strategy: FederatedStrategy, name: str) -> dict[str, Any]:
         return strategy.checkpoint_io.load_checkpoint(
@@ -252,6 +243,22 @@ class FederationCheckpoint:
 def random_word() -> str:
     """Tells directories apart. Of letters alone: Lightning takes digits behind ``hpc_ckpt_`` for a version."""
     return "".join(chr(ord("a") + byte % 26) for byte in uuid.uuid4().bytes[:8])
+
+
+def clients_of_block(
+    strategy: FederatedStrategy, start: int, stop: int, content: dict[str, Any]
+) -> Iterator[tuple[int, int | None]]:
+    """Yields (client, its position in the file's block) for each client of this rank that a file tells of.
+
+    The position is None for clients that are not at home anywhere, of which only the present ones have a state.
+    """
+    mine, exchange = strategy.exchange.clients, strategy.exchange
+    if exchange.deals_evenly:
+        for client in set(content["present"]) & set(exchange.present.tolist()):
+            yield client, None
+        return
+    for client in range(max(start, mine.start), min(stop, mine.stop)):
+        yield client, client - start
 
 
 def header_of(strategy: FederatedStrategy, directory: str) -> dict[str, Any]:
@@ -309,8 +316,9 @@ def failing_together(strategy: FederatedStrategy, path: Path, directory: Path) -
         failure = f"{type(error).__name__}: {error}"
     failures = {rank: words for rank, words in enumerate(strategy.gather_plain(failure)) if words}
     if failures:
-        if strategy.is_global_zero:
-            get_filesystem(directory).rm(str(directory), recursive=True)
+        filesystem = get_filesystem(directory)
+        if strategy.is_global_zero and filesystem.exists(str(directory)):
+            filesystem.rm(str(directory), recursive=True)
         raise OSError(
             f"the checkpoint {str(path)!r} could not be written ({failures}, by rank): make room, or save elsewhere "
             "(the `dirpath` of ModelCheckpoint). The checkpoints that were there before are unchanged."

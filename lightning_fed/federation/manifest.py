@@ -25,18 +25,16 @@ class Manifest:
     """What a checkpoint was when it was written.
 
     Attributes:
-        name: of the ordinary file.
-        ordinary: its digest.
+        ordinary: digest of the ordinary file.
         files: those of the files in the directory, by name.
     """
 
-    name: str
     ordinary: Digest
     files: dict[str, Digest]
 
     def write(self, directory: Path) -> None:
         """Write it beside the files that it tells of, and its own hash behind it."""
-        content = json.dumps({"name": self.name, "ordinary": self.ordinary, "files": self.files}).encode()
+        content = json.dumps({"ordinary": self.ordinary, "files": self.files}).encode()
         stage(content + b"\n" + hash_of(content) + b"\n", directory / MANIFEST).commit()
 
     @classmethod
@@ -50,7 +48,7 @@ class Manifest:
                 return None
             content: dict[str, Any] = json.loads(written)
             files = {name: Digest(*digest) for name, digest in content["files"].items()}
-            return cls(content["name"], Digest(*content["ordinary"]), files)
+            return cls(Digest(*content["ordinary"]), files)
         except (OSError, ValueError):
             return None
 
