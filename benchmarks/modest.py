@@ -308,7 +308,7 @@ def report(federation: str, runs: list[tuple[Curve, MoDeSTStrategy]]) -> None:
     cells += [cell([c.seconds[at - 2] / (at - 1) for c in curves], 1)]
     cells += [cell([(c.seconds[-1] - c.seconds[at]) / (len(c.seconds) - at - 1) for c in curves], 1)]
     cells += [cell([max(np.diff(c.seconds[at - 2 : at + 2])) for c in curves], 1)]
-    plans = [[strategy.plan(round) for round in range(len(curve.rounds))] for curve, strategy in runs]
+    plans = [strategy.replay(len(curve.rounds)) for curve, strategy in runs]
     cells += [", ".join(str(sum(plan.restarts for plan in run)) for run in plans)]
     cells += [", ".join(str(sum(plan.ping_timeouts for plan in run)) for run in plans)]
     print(f"| {federation} | " + " | ".join(cells) + " |", flush=True)

@@ -206,11 +206,11 @@ class ClientBatchSampler(Sampler[JointBatch]):
         Raises:
             TypeError: if rounds differ in length, so that there is no such number.
         """
-        counts = {self.work.batches_per_round(size) for size in set(self.sizes)}
-        everyone = self.participation.cohort(0, len(self.shards), self.seed).size == len(self.shards)
+        counts, round = {self.work.batches_per_round(size) for size in set(self.sizes)}, self.next_position()[0]
+        everyone = self.participation.cohort(round, len(self.shards), self.seed).size == len(self.shards)
         if len(counts) > 1 and not everyone:
             raise TypeError("rounds have different numbers of joint steps, because cohorts and shard sizes differ")
-        return self.rounds_per_epoch * self.joint_steps(0)
+        return self.rounds_per_epoch * self.joint_steps(round)
 
     def _round(self, round: int) -> Iterator[JointBatch]:
         cohort = self.participation.cohort(round, len(self.shards), self.seed)

@@ -60,6 +60,7 @@ class RoundPlan:
         cancelled: clients that began to train, and were interrupted by a newer model or a crash.
         left: clients that left or crashed in the round; ``joined``: those that came.
         live: clients that were online when the round began.
+        offline: sorted clients that were not there any more when the round was settled.
         sent_bytes: int64 ``[N]``, by each client.
         models_received: model messages that arrived.
         ping_timeouts: candidates that did not answer.
@@ -74,6 +75,7 @@ class RoundPlan:
     left: list[int] = field(default_factory=list)
     joined: list[int] = field(default_factory=list)
     live: int = 0
+    offline: list[int] = field(default_factory=list)
     sent_bytes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     models_received: int = 0
     ping_timeouts: int = 0
@@ -145,6 +147,9 @@ class Simulation(Environment):
         self._training: dict[int, tuple[int, Event, float]] = {}
         self._plans: dict[int, RoundPlan] = {}
         self._settled = 0
+        self._first_known = 1
+        self._averaged = 1
+        self._members = self.online.copy()
         self._attempts = 0
         self._hopes = 0
         self._last_progress = 0.0
@@ -155,16 +160,26 @@ class Simulation(Environment):
             self.nodes[client].bootstrap(len(sample))
 
     def plan(self, round: int) -> RoundPlan:
-        """Everything that happens in a round, from 1; rounds may be asked for in any order.
+        """Everything that happens in a round, from 1; rounds that are not forgotten may be asked for in any order.
 
         Raises:
             FederationDied: if the federation does not get through that round.
+            LookupError: if the round is forgotten.
         """
+        if round < self._first_known:
+            raise LookupError(f"the plan of round {round} is forgotten; a new simulation begins with the first.")
         while self._settled < round:
             self._step()
             while self._is_settled(self._settled + 1):
                 self._settled += 1
+                self._settle_members(self._plan(self._settled))
         return self._plan(round)
+
+    def forget_before(self, round: int) -> None:
+        """Drop the plans of earlier rounds, which nobody will ask for again: a long run must not grow."""
+        self._first_known = max(self._first_known, round)
+        for old in [number for number in self._plans if number < round]:
+            del self._plans[old]
 
     # ------------------------------------------------------------------------------------ what nodes ask of the world
 
@@ -209,6 +224,8 @@ class Simulation(Environment):
         plan = self._plan(round - 1)
         if not plan.averages:
             plan.ended = self.now
+        if round > self._averaged:
+            self._averaged = round
             # After what the aggregator is doing now, which may be its last deed; before its pings arrive.
             self._push(0.0, None, lambda: self._apply_changes_of_round(round))
         plan.averages[aggregator] = tuple(sorted(models))
@@ -266,6 +283,11 @@ class Simulation(Environment):
         for phase in [phase for phase in self._unfinished if phase <= round]:
             del self._unfinished[phase]
         return round + 1 in self._plans and bool(self._plans[round + 1].starts)
+
+    def _settle_members(self, plan: RoundPlan) -> None:
+        for client in plan.joined + plan.left:  # every change of a client undoes the one before
+            self._members[client] = not self._members[client]
+        plan.offline = np.flatnonzero(~self._members).tolist()
 
     def _restart(self) -> None:
         """Let a live node with the newest model begin the round again, each time another one.

@@ -100,7 +100,6 @@ class MoDeSTStrategy(FederatedStrategy):
         self.availability = availability or AlwaysOn()
         self._simulation: Simulation | None = None
         self._models: dict[Model, list[Tensor]] = {}
-        self._online: list[np.ndarray] = []
         self._live: LiveFederation | None = None
         self._trained_here: dict[int, set[int]] = {}
 
@@ -110,22 +109,36 @@ class MoDeSTStrategy(FederatedStrategy):
     def simulation(self) -> Simulation:
         """The protocol, played by symbols; the same on every rank. Exists from the first training loader on."""
         if self._simulation is None:
-            work, shards = self.sampler.work, self.shards
-            self._simulation = Simulation(
-                num_clients=self.num_clients,
-                rules=self.rules,
-                availability=self.availability,
-                clock=self.clock,
-                model_bytes=self.bank.row_bytes if self.float_buffers == "mix" else self.bank.rows.row_bytes,
-                local_steps=lambda client: work.optimizer_steps_per_round(len(shards[client])),
-                seed=self.seed,
-            )
+            self._simulation = self._new_simulation()
         return self._simulation
 
-    def plan(self, round: int) -> RoundPlan:
-        """What happens in one of the engine's rounds, which are numbered from 0.
+    def _new_simulation(self) -> Simulation:
+        """A simulation that stands before the first round."""
+        work, shards = self.sampler.work, self.shards
+        return Simulation(
+            num_clients=self.num_clients,
+            rules=self.rules,
+            availability=self.availability,
+            clock=self.clock,
+            model_bytes=self.bank.row_bytes if self.float_buffers == "mix" else self.bank.rows.row_bytes,
+            local_steps=lambda client: work.optimizer_steps_per_round(len(shards[client])),
+            seed=self.seed,
+        )
+
+    def replay(self, rounds: int) -> list[RoundPlan]:
+        """What happens in the first so many rounds, simulated once more; past plans are not kept.
 
         Raises:
+            FederationDied: if the federation does not get through them.
+        """
+        simulation = self._new_simulation()
+        return [simulation.plan(round + 1) for round in range(rounds)]
+
+    def plan(self, round: int) -> RoundPlan:
+        """What happens in one of the engine's rounds, which are numbered from 0: this one, the last, or a later one.
+
+        Raises:
+            LookupError: if the round is over for longer.
             RuntimeError: if the federation has died out; names the last checkpoint.
         """
         try:
@@ -147,13 +160,14 @@ class MoDeSTStrategy(FederatedStrategy):
 
     def setup_algorithm(self, bank: ClientBank, exchange: Exchange) -> None:
         self._simulation = None
-        self._online = [self.availability.present_at_start(self.num_clients)]
         self._models = {SEED_MODEL: [vector.clone() for vector in bank.consensus[:2]]}
         self._newest = SEED_MODEL
 
     def start_round(self, rows: Tensor, buffers: Tensor, exchange: Exchange) -> None:
         if self._live is not None:
+            self._trained_here = {at: clients for at, clients in self._trained_here.items() if at + 1 >= self.round}
             return
+        self.simulation.forget_before(self.round)  # which keeps the round before this one: its numbers count from 1
         starts = self.plan(self.round).starts
         matrices = [rows, buffers] if self.float_buffers == "mix" else [rows]
         for source in {model for model in starts.values() if model.is_trained}:  # a restart from somebody's own model
@@ -226,17 +240,7 @@ class MoDeSTStrategy(FederatedStrategy):
             "restarts": plan.restarts,
             "round_seconds": plan.ended - plan.began,
         }
-        offline = np.flatnonzero(~self._online_after(round)).tolist()
-        return RoundFacts(numbers, list(plan.averages), plan.joined, plan.left, offline)
-
-    def _online_after(self, round: int) -> np.ndarray:
-        """Who is there at the end of a round, bool ``[N]``."""
-        while len(self._online) < round + 2:
-            plan, online = self.plan(len(self._online) - 1), self._online[-1].copy()
-            for client in plan.joined + plan.left:  # every change of a client undoes the one before
-                online[client] = not online[client]
-            self._online.append(online)
-        return self._online[round + 1]
+        return RoundFacts(numbers, list(plan.averages), plan.joined, plan.left, plan.offline)
 
     # ---------------------------------------------------------------------------------------------- real processes
 

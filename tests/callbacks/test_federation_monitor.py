@@ -243,7 +243,7 @@ def test_the_rounds_of_modest_are_logged(tmp_path):
     trainer = trainer_of(strategy, FederationMonitor(), logger=CSVLogger(tmp_path), max_epochs=6)
     trainer.fit(Linear(), *loaders())
     logged = rows_of(Path(trainer.log_dir) / "metrics.csv")
-    plans = [strategy.plan(round) for round in range(6)]
+    plans = strategy.replay(6)
     assert column(logged, "fed/live_nodes") == [plan.live for plan in plans] == [4, 5, 3, 3, 4, 4]
     assert column(logged, "fed/aggregators") == [len(plan.averages) for plan in plans]
     assert column(logged, "fed/ping_timeouts") == [plan.ping_timeouts for plan in plans]
@@ -271,8 +271,7 @@ def test_who_trained_when_is_recorded():
     monitor, strategy = FederationMonitor(plots=False, every_n_rounds=4), modest()
     trainer_of(strategy, monitor, max_epochs=6).fit(Linear(), *loaders())
     deeds = np.array([list(monitor.participation[round]) for round in range(1, 7)])
-    for round, did in enumerate(deeds):
-        plan = strategy.plan(round)
+    for plan, did in zip(strategy.replay(6), deeds, strict=True):
         assert np.flatnonzero(did & TRAINED).tolist() == sorted(plan.starts)
         assert np.flatnonzero(did & AGGREGATED).tolist() == sorted(plan.averages)
     assert np.argwhere(deeds & JOINED).tolist() == [[1, 4], [4, 0]]

@@ -41,6 +41,14 @@ class Progress(pl.Callback):
         self.rank, self.pause_at = int(os.environ["RANK"]), pause_at
         self.store = connect_store(*store_address(), 30)  # type: ignore[misc]
         self.ends: list[float] = []
+        self.trained_in: dict[int, list[int]] = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        strategy: Any = trainer.strategy
+        if batch.is_last_of_round and (clients := strategy.trained_in(batch.round)):
+            self.trained_in[batch.round] = sorted(clients)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.ends.append(time.monotonic())
@@ -87,7 +95,7 @@ def fit(
         "round": live.newest[0],
         "epochs": trainer.current_epoch,
         "leads": strategy.is_global_zero,
-        "trained_in": {round: sorted(trained) for round, trained in strategy._trained_here.items()},
+        "trained_in": progress.trained_in,
         "restarts": live.restarts,
         "metrics": fitted,
         "loss": trainer.validate(module, val, verbose=False)[0]["val/loss"],
@@ -124,9 +132,9 @@ def test_without_failures_it_is_the_simulated_federation() -> None:
         np.testing.assert_allclose(result["model"], simulated, rtol=0, atol=1e-6)
     assert [result["leads"] for _, result in sorted(results.items())] == [True, False, False]
     assert results[0]["metrics"]["val/loss"] == pytest.approx(float(trainer.callback_metrics["val/loss"]), abs=1e-6)
-    for round in range(5):
+    for round, plan in enumerate(strategy.replay(5)):
         trained = sorted(client for result in results.values() for client in result["trained_in"].get(round, []))
-        assert trained == sorted(strategy.plan(round).starts)
+        assert trained == sorted(plan.starts)
 
 
 def test_survivors_of_kills_finish_and_take_over_logs_validation_and_checkpoints(tmp_path: Path) -> None:

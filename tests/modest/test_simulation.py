@@ -125,6 +125,34 @@ def test_it_is_a_function_of_its_arguments_and_not_of_the_order_of_questions() -
         assert {**vars(plan), "sent_bytes": 0} == {**vars(again), "sent_bytes": 0}
 
 
+def test_what_is_forgotten_changes_nothing_of_what_follows() -> None:
+    def run() -> Bounded:
+        churn = RandomChurn(0.01, 0.05, 0.5, unit="seconds")
+        clock = VirtualClock(seconds_per_step=Uniform(0.5, 2), latency=Uniform(0, 0.2))
+        return simulate(15, churn, clock, num_aggregators=2, success_fraction=0.75, seed=3)
+
+    remembers, forgets = run(), run()
+    for round in range(1, 61):
+        forgets.forget_before(round)
+        plan, again = remembers.plan(round), forgets.plan(round)
+        np.testing.assert_array_equal(plan.sent_bytes, again.sent_bytes)
+        assert {**vars(plan), "sent_bytes": 0} == {**vars(again), "sent_bytes": 0}
+    assert len(remembers._plans) >= 60 and len(forgets._plans) <= 5
+    with pytest.raises(LookupError, match="round 59 is forgotten"):
+        forgets.plan(59)
+
+
+def test_a_settled_round_tells_who_is_not_there() -> None:
+    online = np.array([True] * 30)
+    simulation = simulate(30, RandomChurn(0.02, 0.3, 0.5, unit="rounds"), seed=1)
+    for round in range(1, 31):
+        plan = simulation.plan(round)
+        for client in plan.joined + plan.left:
+            online[client] = not online[client]
+        assert plan.offline == np.flatnonzero(~online).tolist()
+    assert any(simulation.plan(round).offline for round in range(1, 31))
+
+
 def test_a_settled_round_does_not_change_any_more() -> None:
     churn = RandomChurn(0.01, 0.05, 0.5, unit="seconds")
     simulation = simulate(

@@ -139,7 +139,7 @@ def test_the_trajectory_under_churn_is_the_plans(seed: int) -> None:
     clock = VirtualClock(seconds_per_step=LogNormal(1.0, 0.7), latency=Uniform(0.0, 0.5))
     strategy = Modest(seed=seed, success_fraction=0.5, num_aggregators=3, availability=churn, clock=clock)
     found = run(strategy)
-    plans = [strategy.plan(round) for round in range(ROUNDS)]
+    plans = strategy.replay(ROUNDS)
     assert any(len(set(plan.averages.values())) > 1 for plan in plans)  # aggregators met different models first
     assert any(len(set(plan.starts.values())) > 1 for plan in plans)
     assert_trajectory(found, follow(plans))
@@ -152,7 +152,7 @@ def test_a_round_may_begin_again_from_what_a_client_has_trained(tmp_path: Path) 
     clock = VirtualClock(seconds_per_step=2.0, latency=0.0)  # the largest shards have three minibatches
     strategy = Modest(availability=AvailabilityTrace(str(tmp_path / "trace.csv")), clock=clock)
     found = run(strategy)
-    plans = [strategy.plan(round) for round in range(ROUNDS)]
+    plans = strategy.replay(ROUNDS)
     assert any(start.is_trained for start in plans[1].starts.values()) and plans[1].restarts
     assert_trajectory(found, follow(plans))
 
@@ -244,7 +244,7 @@ def federation(world_size: int) -> dict[str, Any]:
     trainer = silent_trainer(strategy, devices=world_size, max_epochs=6, precision="64-true")
     trainer.fit(Classifier(momentum=0.9), *loaders(clients(FEDERATION)))
     assert strategy.clock is not None
-    plans = [strategy.plan(round) for round in range(6)]
+    plans = strategy.replay(6)
     assert sum(len(plan.left) + len(plan.joined) for plan in plans) > 5
     return {**outcome(strategy, trainer), "seconds": strategy.clock.state()}
 
@@ -495,5 +495,6 @@ def test_a_federation_with_churn_and_a_clock_from_yaml(in_tmp_path: Path, monkey
     cli.trainer.fit(cli.model, cli.datamodule)
     strategy: Any = cli.trainer.strategy
     assert strategy.rules.aggregation_timeout == 300
-    assert (strategy.plan(1).left, strategy.plan(1).joined) == ([0, 1], [7])
+    second = strategy.replay(2)[1]
+    assert (second.left, second.joined) == ([0, 1], [7])
     assert strategy.clock.elapsed > 3
