@@ -2,10 +2,16 @@
 
 Whoever holds the average of a step gives it to a rank that asks for it or uploads its part late. A new leader asks all
 ranks before it averages, so an average of its predecessor that has reached anybody is taken over.
+
+Two ranks may live and yet not reach each other. One that does not reach the leader says so through the store, and gets
+the average from another rank; the leader goes on without its part. If that happens to most of them, it is the leader
+who is cut off, and another one takes over.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fed.federation.pair_record import Step
+from lightning_fed.federation.pair_record import BEFORE_ALL, Step
 from lightning_fed.federation.peer_mail import PeerMail, step_of
 from lightning_fed.federation.peer_network import Received
 
@@ -48,8 +54,13 @@ class ElasticServer:
         self._others = [rank for rank in range(self.network.num_ranks) if rank != self.network.rank]
         self._averages: dict[int, Average] = {}  # the newest, by number in the round
         self._obeyed = self.survivors.leader
+        self._newest_asked: Step = BEFORE_ALL  # by a leader
+        self._wanted: dict[int, Step] = {}  # by ranks that do not reach the leader
+        self._wanted_from: set[int] = set()  # by this rank
+        self._wants = 0
         self.events.on("part", self._on_part)
         self.events.on("ask", self._on_ask)
+        self.events.on("want", self._on_want)
         self.events.on("average", self._on_average)
 
     def held(self, step: Step) -> Average | None:
@@ -76,7 +87,8 @@ class ElasticServer:
             self.mail.messages.setdefault(("part", step), {})[self.network.rank] = Received(
                 self.network.rank, header, part
             )
-        served_by = None
+            self._wanted_from.clear()
+        served_by, patience = None, math.inf
         while True:
             if (average := self.held(step)) is None:
                 self.survivors.update()
@@ -86,15 +98,29 @@ class ElasticServer:
                     return average
                 # From now on what an earlier leader has sent is refused: the new one counts on that.
                 self._obeyed = leader
-                resend = leader != served_by or leader in self.mail.lost
+                lost, was_left_behind = leader in self.mail.lost, self._newest_asked > step
                 self.mail.lost.discard(leader)
             if leader == self.network.rank:
                 self._serve(step, like)
-            else:
-                if resend:
-                    self._send(leader, header, part)
-                served_by = leader
-                self._await_average(step, leader)
+                continue
+            if leader != served_by or lost:
+                self._send(leader, header, part)
+            patience = min(patience, time.monotonic() + self.network.send_timeout) if was_left_behind else math.inf
+            if (leader == served_by and lost) or time.monotonic() > patience:
+                self._want(step, leader)
+                patience = math.inf
+            served_by = leader
+            self._await_average(step, leader)
+
+    def _want(self, step: Step, leader: int) -> None:
+        """Tell the leader that it cannot be reached, and ask another rank, each time the next one, for the average."""
+        with self.events.changed:
+            others = [rank for rank in self._others if rank != leader and rank not in self.mail.suspects]
+            asked = {leader, others[self._wants % len(others)]} if others else {leader}
+            self._wants += 1
+            self._wanted_from |= asked
+        for rank in sorted(asked):
+            self.network.note(rank, {"kind": "want", "step": step})
 
     def _await_average(self, step: Step, leader: int) -> None:
         """Wait until there is an average, or a reason to ask for it again, but not too long to see who leads."""
@@ -119,13 +145,25 @@ class ElasticServer:
                 return
         self.survivors.update()  # a rank that was stopped here does not lead any more
         with self.events.changed:
-            if not self.survivors.is_leader:
+            if not self.survivors.is_leader or (self.held(step) is None and self._gives_way(step)):
                 return
             if self.held(step) is None:
                 self._averages[step[1]] = self._average_of(self.mail.messages[("part", step)], step, like)
             average, living = self._averages[step[1]], set(self._others) - self.mail.suspects
-        for rank in sorted(living):
-            self._send_average(rank, step[1], average)
+            for rank in sorted(living):
+                self._send_average(rank, step[1], average)
+            self._grant()
+
+    def _gives_way(self, step: Step) -> bool:
+        """Hand over to a rank that lives but is not reached, if there are more of those than of the others."""
+        unreached = sorted(
+            rank for rank, wanted in self._wanted.items() if wanted >= step and rank in self.mail.suspects
+        )
+        if len(unreached) <= len(self.mail.messages[("part", step)]):
+            return False
+        self._wanted.clear()
+        self.survivors.hand_over(unreached[0])
+        return True
 
     def _average_of(self, parts: dict[int, Received], step: Step, like: Tensor) -> Average:
         ranks = [rank for rank in sorted(parts) if parts[rank].tensors]
@@ -142,6 +180,13 @@ class ElasticServer:
         header = {"kind": "average", "step": (average.round, number), "ranks": average.ranks}
         self._send(rank, header, [average.vector])
 
+    def _grant(self) -> None:
+        """Send averages to those that have asked for them in vain."""
+        for rank, wanted in list(self._wanted.items()):
+            if (average := self.held(wanted)) is not None:
+                del self._wanted[rank]
+                self._send_average(rank, wanted[1], average)
+
     # Messages, on the thread of the events.
 
     def _on_part(self, message: Received) -> None:
@@ -150,7 +195,14 @@ class ElasticServer:
 
     def _on_ask(self, message: Received) -> None:
         self._obeyed = message.sender
+        self._newest_asked = max(self._newest_asked, step_of(message))
         self._answered(message)
+
+    def _on_want(self, message: Received) -> None:
+        self._wanted[message.sender] = step_of(message)
+        self._grant()
+        if self.survivors.is_leader:  # until something comes from there, nothing is waited for
+            self.mail.suspects.add(message.sender)
 
     def _answered(self, message: Received) -> bool:
         """Send a rank that asks for an average, or sends a part of it, the average; if there is one."""
@@ -163,5 +215,7 @@ class ElasticServer:
     def _on_average(self, message: Received) -> None:
         self.mail.heard(message)
         step = step_of(message)
-        if self._obeyed in (message.sender, self.network.rank) and self.held(step) is None:
+        is_obeyed = self._obeyed in (message.sender, self.network.rank)
+        if (is_obeyed or message.sender in self._wanted_from) and self.held(step) is None:
             self._averages[step[1]] = Average(step[0], message.header["ranks"], message.tensors[0])
+            self._grant()

@@ -35,7 +35,7 @@ class Survivors:
         self._look: threading.Thread | None = None
         self.leader = int(network.store.compare_set(LEADER, "", "0"))
         if self.is_leader and network.incarnation > 1:
-            self._hand_over()
+            self._step_aside()
         self._obey()
 
     @property
@@ -55,11 +55,16 @@ class Survivors:
             self.leader = int(store.compare_set(LEADER, str(self.leader), str(self.network.rank)))
         self._obey()
 
-    def _hand_over(self) -> None:
+    def hand_over(self, rank: int) -> None:
+        """Let another rank lead from now on."""
+        self.leader = int(self.network.store.compare_set(LEADER, str(self.network.rank), str(rank)))
+        self._obey()
+
+    def _step_aside(self) -> None:
         """A process that takes the place of a dead leader knows less than the others, so one of them leads."""
         others = [rank for rank in self.living() if rank != self.network.rank]
         if others:
-            self.leader = int(self.network.store.compare_set(LEADER, str(self.leader), str(others[0])))
+            self.hand_over(others[0])
 
     def update_soon(self) -> None:
         """The same on a thread of its own, because to find a leader silent takes as long as two pings."""

@@ -6,8 +6,9 @@ Shapes: N = clients of the federation, C = clients on this rank, P = numbers in 
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from lightning_fed.federation.elastic_exchange import ElasticExchange
 from lightning_fed.federation.exchange import COLUMNS_PER_BLOCK, LoopbackExchange
 from lightning_fed.federation.layout import Layout
+from lightning_fed.federation.peer_network import PeerLost, PeerNetwork, connect_store, store_address
 from lightning_fed.federation.peers import Peers
 from lightning_fed.topology import Complete, Ring
 
@@ -30,10 +32,12 @@ NUM_CLIENTS, WIDTH = 8, 5
 
 
 @contextmanager
-def exchange_on_this_rank(num_clients: int = NUM_CLIENTS, ping_timeout: float = PATIENCE) -> Iterator[ElasticExchange]:
+def exchange_on_this_rank(
+    num_clients: int = NUM_CLIENTS, ping_timeout: float = PATIENCE, message_timeout: float = 30.0
+) -> Iterator[ElasticExchange]:
     """This rank's exchange, when all ranks have theirs; its peers are left at the end."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    peers = Peers(rank, world_size, 0, ping_timeout, message_timeout=30.0)
+    peers = Peers(rank, world_size, 0, ping_timeout, message_timeout)
     exchange = ElasticExchange(Layout(num_clients, world_size), peers)
     peers.start()
     try:
@@ -256,6 +260,80 @@ def test_a_stopped_rank_gets_the_newest_average_and_takes_part_again(sleeper: in
         assert np.array_equal(results[sleeper][round][1], awake[0][round][1])
     common = common_rows(NUM_CLIENTS, WIDTH).numpy()
     np.testing.assert_allclose(awake[0][-1][1], common.mean(0) + rounds - 1, rtol=0, atol=1e-12)
+
+
+class FailingLinks:
+    """Fails to send, as after a timeout, while the store has the key "cut".
+
+    Args:
+        network: of this rank.
+        links: each from a rank to another one.
+    """
+
+    def __init__(self, network: PeerNetwork, links: list[tuple[int, int]]) -> None:
+        self.inbox, self.deliver = network.inbox, network.send
+        self.unreached = {receiver for sender, receiver in links if sender == network.rank}
+        address = store_address()
+        assert address is not None
+        self.store = connect_store(*address, timeout=30)
+        network.send = self.send  # type: ignore[method-assign]
+
+    def send(self, rank: int, header: dict[str, Any], tensors: Sequence[Tensor]) -> None:
+        if rank in self.unreached and self.store.check(["cut"]):
+            threading.Timer(PING_TIMEOUT / 2, self.inbox.put, [PeerLost(rank)]).start()
+        else:
+            self.deliver(rank, header, tensors)
+
+
+def upload_over(links: list[tuple[int, int]], until: int, pause: float) -> list[tuple[int, np.ndarray]]:
+    """The rounds in which this rank has taken part, and their averages."""
+    history: list[tuple[int, np.ndarray]] = []
+    with exchange_on_this_rank(ping_timeout=PING_TIMEOUT, message_timeout=2 * PING_TIMEOUT) as exchange:
+        FailingLinks(exchange.network, links)
+        for round in range(until + 1):
+            if exchange.takes_part(round):
+                time.sleep(pause)
+                exchange.begin_round(round, [])
+                rows = own(exchange, common_rows(NUM_CLIENTS, WIDTH)) + round
+                average = exchange.upload_mean(rows, np.full(NUM_CLIENTS, 1 / NUM_CLIENTS))
+                history.append((round, average.numpy()))
+                exchange.network.store.set(f"round/{exchange.host}", str(round))
+    return history
+
+
+def means_of(ranks: set[int]) -> np.ndarray:
+    """Of the clients of some ranks in round 0."""
+    common = common_rows(NUM_CLIENTS, WIDTH).numpy()
+    return common[[client for rank in sorted(ranks) for client in Layout(NUM_CLIENTS, 3).clients_of(rank)]].mean(axis=0)
+
+
+@pytest.mark.parametrize(
+    ("links", "going_on"),
+    [
+        ([(0, 1), (1, 0)], {0, 2}),  # between the leader and one other
+        ([(0, 1), (1, 0), (0, 2), (2, 0)], {1, 2}),  # the leader's to all others
+        ([(0, 1)], {0, 1, 2}),  # a rank uploads its parts, but does not get the averages
+    ],
+    ids=["one rank", "all ranks", "one way"],
+)
+def test_ranks_without_a_link_to_the_leader_go_on(links: list[tuple[int, int]], going_on: set[int]) -> None:
+    last = 60
+    with ElasticRanks(3, upload_over, links, last, 0.05) as ranks:
+        await_round(ranks, 2, 3)
+        ranks.store.set("cut", "")
+        await_round(ranks, 2, 12)
+        ranks.store.delete_key("cut")
+        results = {rank: dict(history) for rank, history in ranks.results().items()}
+    for round, average in results[2].items():
+        means = [means_of(who) + round for who in ({0, 1, 2}, going_on, {0, 2})]
+        assert any(np.allclose(average, mean, rtol=0, atol=1e-12) for mean in means), round
+    for history in results.values():
+        assert len(history) > 5
+        for round, average in history.items():  # of this round, or of a newer one
+            assert any(np.array_equal(average, other) for at, other in results[2].items() if at >= round), round
+        np.testing.assert_allclose(history[last], means_of({0, 1, 2}) + last, rtol=0, atol=1e-12)  # all again
+    if len(going_on) == 2:
+        np.testing.assert_allclose(results[2][8], means_of(going_on) + 8, rtol=0, atol=1e-12)
 
 
 def spoil_a_client() -> dict[int, np.ndarray]:
