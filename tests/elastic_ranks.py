@@ -106,6 +106,16 @@ class ElasticRanks:
             assert self._collect(deadline - time.monotonic()), f"ranks {self._pending()} did not end in {timeout} s"
         return dict(self._results)
 
+    def await_ends(self, *ranks: int, timeout: float = 30.0) -> None:
+        """Wait until some ranks have returned.
+
+        Raises:
+            AssertionError: as :meth:`results` does.
+        """
+        deadline = time.monotonic() + timeout
+        while not self._results.keys() >= set(ranks):
+            assert self._collect(deadline - time.monotonic()), f"ranks {ranks} did not end in {timeout} s"
+
     def _pending(self) -> list[int]:
         return [rank for rank, pipe in self._pipes.items() if rank not in self._results and not pipe.closed]
 

@@ -167,8 +167,10 @@ class Companion(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         peers = self.strategy.peers
-        if peers is not None and trainer.should_stop and not peers.is_stopped and self.strategy.is_global_zero:
-            peers.stop()
+        if peers is not None and self.strategy.is_global_zero:
+            peers.survivors.end()
+            if trainer.should_stop and not peers.is_stopped:
+                peers.stop()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         peers = self.strategy.peers

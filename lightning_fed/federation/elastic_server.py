@@ -79,7 +79,7 @@ class ElasticServer:
             like: a row ``[P]``, of the dtype of the average; also what it is if nobody ever takes part.
 
         Returns:
-            the average of this step, or of a newer one if the others have gone on.
+            the average of this step, or of a newer one if the others have gone on; of an older one if they have ended.
         """
         header = {"kind": "part", "step": step, "weight": weight}
         with self.events.changed:
@@ -92,6 +92,8 @@ class ElasticServer:
         while True:
             if (average := self.held(step)) is None:
                 self.survivors.update()
+                if self.survivors.is_over:
+                    return self._as_before(step, like)
             with self.events.changed:
                 leader = self.survivors.leader
                 if (average := self.held(step)) is not None:
@@ -167,14 +169,18 @@ class ElasticServer:
 
     def _average_of(self, parts: dict[int, Received], step: Step, like: Tensor) -> Average:
         ranks = [rank for rank in sorted(parts) if parts[rank].tensors]
-        if not ranks:  # nobody of the cohort lives: the server keeps what it has, at first the common initial model
-            earlier = self._averages.get(step[1])
-            return Average(step[0], [], like.cpu().clone() if earlier is None else earlier.vector)
+        if not ranks:  # nobody of the cohort lives
+            return self._as_before(step, like)
         total = torch.zeros_like(like, dtype=torch.float64)
         for rank in ranks:
             total += parts[rank].tensors[0].to(total.device)
         weight = float(np.sum([parts[rank].header["weight"] for rank in ranks]))
         return Average(step[0], ranks, (total / weight).to(like.dtype).cpu())
+
+    def _as_before(self, step: Step, like: Tensor) -> Average:
+        """The server keeps what it has, at first the common initial model."""
+        earlier = self._averages.get(step[1])
+        return Average(step[0], [], like.cpu().clone() if earlier is None else earlier.vector)
 
     def _send_average(self, rank: int, number: int, average: Average) -> None:
         header = {"kind": "average", "step": (average.round, number), "ranks": average.ranks}

@@ -30,9 +30,6 @@ class Peers:
         ping_timeout: seconds in which a living rank answers.
         message_timeout: seconds that a message may take.
 
-    Attributes:
-        is_stopped: whether the leader has ended the fit early.
-
     Raises:
         RuntimeError: if there is no store that outlives the ranks.
     """
@@ -54,7 +51,7 @@ class Peers:
         )
         self.events = PeerEvents(self.network)
         self.survivors = Survivors(self.network, ping_timeout)
-        self.is_stopped = False
+        self._was_stopped = False
         self.events.on("stop", lambda message: self._stop())
         self._logs: list[dict[str, Any]] = []
         self.events.on("logs", lambda message: self._logs.append(message.header["entries"]))
@@ -63,6 +60,11 @@ class Peers:
     def has_returned(self) -> bool:
         """Whether this process takes the place of one that has died."""
         return self.network.incarnation > 1
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the leader has ended the fit, early or while this rank lagged behind."""
+        return self._was_stopped or self.survivors.is_over
 
     def require_equal_start(self, module: nn.Module) -> None:
         """Refuse a module that other ranks have initialized otherwise.
@@ -119,7 +121,7 @@ class Peers:
                 self.network.note(rank, {"kind": "stop"})
 
     def _stop(self) -> None:
-        self.is_stopped = True
+        self._was_stopped = True
 
     def close(self) -> None:
         """Deliver what can be delivered soon, and end."""

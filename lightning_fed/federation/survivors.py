@@ -11,7 +11,7 @@ from lightning_fed.federation.peer_network import PeerNetwork
 
 logger = logging.getLogger(__name__)
 
-LEADER = "leader"
+LEADER, OVER = "leader", "over"
 
 
 class Survivors:
@@ -27,11 +27,13 @@ class Survivors:
 
     Attributes:
         leader: the rank that leads, as far as this rank knows.
+        is_over: whether the leader has come to the end of the fit and is gone; nobody leads any more.
     """
 
     def __init__(self, network: PeerNetwork, ping_timeout: float) -> None:
         self.network = network
         self.ping_timeout = ping_timeout
+        self.is_over = False
         self._look: threading.Thread | None = None
         self.leader = int(network.store.compare_set(LEADER, "", "0"))
         if self.is_leader and network.incarnation > 1:
@@ -51,9 +53,15 @@ class Survivors:
         store = self.network.store
         self.leader = int(store.get(LEADER))
         is_silent = not self.is_leader and not self.network.ping([self.leader], self.ping_timeout)
-        if is_silent and self.living()[0] == self.network.rank:
+        if is_silent and store.check([OVER]):
+            self.is_over = True
+        elif is_silent and self.living()[0] == self.network.rank:
             self.leader = int(store.compare_set(LEADER, str(self.leader), str(self.network.rank)))
         self._obey()
+
+    def end(self) -> None:
+        """The leader has come to the end: whoever lags must not lead, and write over what has been saved."""
+        self.network.store.set(OVER, "")
 
     def hand_over(self, rank: int) -> None:
         """Let another rank lead from now on."""

@@ -159,6 +159,22 @@ def test_a_stopped_rank_takes_part_again(name: str) -> None:
     assert missed and missed[-1] < epochs - 3  # it has skipped what was over, and then met the others again
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_rank_that_wakes_when_all_is_over_leaves_what_was_saved(name: str, tmp_path: Path) -> None:
+    epochs, sleeper = 6, 1
+    with ElasticRanks(WORLD_SIZE, fit_on_this_rank, name, epochs, 0.1, PING_TIMEOUT, str(tmp_path)) as ranks:
+        await_epoch(ranks, sleeper, 1)
+        ranks.stop(sleeper)
+        ranks.await_ends(*({*range(WORLD_SIZE)} - {sleeper}))
+        saved = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        ranks.resume(sleeper)
+        results = ranks.results()
+    assert not results[sleeper]["leads"] and results[sleeper]["validated"] == []
+    assert len(results[sleeper]["trained"]) < epochs
+    assert results[0]["leads"] and results[0]["trained"] == [True] * epochs
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == saved
+
+
 def diverge_on_rank_one(on_nonfinite: str) -> Any:
     """The rows of client 2, on rank 1, become infinite in round 1."""
     strategy = GossipStrategy(
