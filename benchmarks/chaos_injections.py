@@ -248,11 +248,11 @@ class Elastic:
             return ranks.ends(SECONDS_TO_END)
 
     def require(self, ends: dict[int, End], ranks: set[int]) -> None:
-        """Ask of some ranks that one has led the fit to its last epoch, and that the others have ended well."""
-        values = {rank: ends[rank].value for rank in sorted(ranks)}
-        leaders = [rank for rank, value in values.items() if value is not None and value["leads"]]
-        if None in values.values() or len(leaders) != 1 or values[leaders[0]]["epochs"] != self.run.epochs:
-            raise Broken(f"elastic ranks: {[value or ends[rank].error for rank, value in values.items()]}")
+        """Ask of some ranks that they have ended well, and of one of all that it has led the fit to its last epoch."""
+        values = {rank: end.value for rank, end in ends.items()}
+        leaders = [value for value in values.values() if value is not None and value["leads"]]
+        if any(values[rank] is None for rank in ranks) or [leader["epochs"] for leader in leaders] != [self.run.epochs]:
+            raise Broken(f"elastic ranks: {[end.value or end.error for end in ends.values()]}")
 
 
 def kill_elastic(case: Elastic) -> Handled:
