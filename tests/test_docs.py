@@ -253,8 +253,8 @@ def test_modests_bytes_are_those_of_the_documented_formula(float_buffers: Any) -
     module = Classifier()
     silent_trainer(strategy, max_epochs=3).fit(module, *loaders(clients(8)))
     to_itself = 0
-    for round in range(3):
-        trained, aggregators = strategy.plan(round).starts, strategy.plan(round).averages
+    for round, plan in enumerate(strategy.replay(3)):
+        trained, aggregators = plan.starts, plan.averages
         to_itself += sum(client in trained for client in aggregators)
         to_itself += sum(client in hash_order(8, round + 2)[:4] for client in aggregators)
     row_bytes = strategy.bank.row_bytes if float_buffers == "mix" else strategy.bank.rows.row_bytes

@@ -76,10 +76,21 @@ def robust_average(rule: RobustMix, rows_CP: Tensor, weights_N: np.ndarray, exch
         ValueError: if there are too few of them.
     """
     members = np.flatnonzero(weights_N)
-    rule.check(len(members), "let more clients take part in a round, or expect fewer hostile ones")
     exchange.sent_bytes[members] += rows_CP.shape[1] * rows_CP.element_size()
     if exchange.clock is not None and (message_bytes := exchange.message_bytes(rows_CP)):
         exchange.clock.uploaded(members, message_bytes)
+    return combined_row(rule, rows_CP, weights_N, exchange)
+
+
+@torch.no_grad()
+def combined_row(rule: RobustMix, rows_CP: Tensor, weights_N: np.ndarray, exchange: Exchange) -> Tensor:
+    """The same, ``[P]``, without counting anything.
+
+    Raises:
+        ValueError: if there are too few rows.
+    """
+    members = np.flatnonzero(weights_N)
+    rule.check(len(members), "let more clients take part in a round, or expect fewer hostile ones")
     gathering = Gathering(members, weights_N[members] / weights_N[members].sum(), [SERVER])
     result = rows_CP.new_empty(rows_CP.shape[1])
     for columns, vectors in combined(rule, [gathering], partial(uploaded, rows_CP, members, exchange)):

@@ -17,12 +17,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_fed.attacks import Attack
 from lightning_fed.checks import check_kinds, given
 from lightning_fed.federation.algorithm import RoundFacts
 from lightning_fed.federation.availability import AlwaysOn, Availability
 from lightning_fed.federation.clients import ClientBank
 from lightning_fed.federation.exchange import Exchange
 from lightning_fed.federation.participation import Participation
+from lightning_fed.federation.robust_mixing import combined_row
 from lightning_fed.federation.sampler import ClientBatchSampler, JointBatch
 from lightning_fed.federation.settings import check_undecided
 from lightning_fed.federation.strategy import FederatedStrategy
@@ -31,6 +33,8 @@ from lightning_fed.federation.virtual_clock import VirtualClock
 from lightning_fed.modest.live import LiveFederation
 from lightning_fed.modest.rules import Rules
 from lightning_fed.modest.simulation import SEED_MODEL, FederationDied, Model, RoundPlan, Simulation
+from lightning_fed.robust import RobustMix
+from lightning_fed.strategies.robust_settings import check_aggregators, check_number_of_clients
 
 
 class MoDeSTStrategy(FederatedStrategy):
@@ -62,6 +66,8 @@ class MoDeSTStrategy(FederatedStrategy):
         restart_timeout: seconds without any progress after which the newest model that a live node has is sent to a
             new sample.
         availability: when nodes are there; by default always.
+        robust: a rule that takes the place of the aggregators' means, see :mod:`lightning_fed.robust`; by default none.
+        attack: simulated hostile clients, see :mod:`lightning_fed.attacks`; by default none.
         **federation: see :class:`~lightning_fed.federation.strategy.FederatedStrategy`; ``participation`` is decided by
             the protocol.
 
@@ -81,6 +87,8 @@ class MoDeSTStrategy(FederatedStrategy):
         activity_window: int | None = None,
         restart_timeout: float = 60.0,
         availability: Availability | None = None,
+        robust: RobustMix | None = None,
+        attack: Attack | None = None,
         **federation: Any,
     ) -> None:
         self.rules = Rules(
@@ -98,6 +106,9 @@ class MoDeSTStrategy(FederatedStrategy):
         check_kinds(Availability, **given(availability=availability))
         super().__init__(participation=HashSample(self), ping_timeout=ping_timeout, **federation)
         self.availability = availability or AlwaysOn()
+        self.robust = robust
+        self.attack = attack
+        check_aggregators(self)
         self._simulation: Simulation | None = None
         self._models: dict[Model, list[Tensor]] = {}
         self._live: LiveFederation | None = None
@@ -155,6 +166,7 @@ class MoDeSTStrategy(FederatedStrategy):
         if self.is_elastic:
             refuse_simulation(self)
         super().setup_distributed()
+        check_number_of_clients(self)
 
     # ------------------------------------------------------------------------------------------------------ numbers
 
@@ -178,6 +190,15 @@ class MoDeSTStrategy(FederatedStrategy):
                 for matrix, vector in zip(matrices, self._models[starts[client]]):
                     matrix[client - exchange.clients.start] = vector  # x_i <- the aggregated model that reached it
 
+    def corrupt_rows(self, rows: Tensor, exchange: Exchange) -> None:
+        if self.attack is None:
+            return
+        began, starts = rows.clone(), self.plan(self.round).starts
+        for client in starts:
+            if client in exchange.clients:
+                began[client - exchange.clients.start] = self._models[starts[client]][0]
+        self.attack.corrupt(rows, began, exchange, self.cohort, (self.seed, self.round))
+
     def pass_time(self, clock: VirtualClock, cohort: np.ndarray, local_steps: np.ndarray) -> None:
         plan = self.plan(self.round)
         clock.now[:] = plan.ended
@@ -195,7 +216,7 @@ class MoDeSTStrategy(FederatedStrategy):
         used = {self._newest, *starts}
         self._models = {SEED_MODEL: self._models[SEED_MODEL]}
         for model in used.intersection(averages):
-            self._models[model] = [exchange.average(rows, self._weights(model))]  # 1/m sum of the m models that arrived
+            self._models[model] = [self._average(rows, model, exchange)]
 
     def _next_starts(self) -> set[Model]:
         """The models from which the next round begins; none if the federation dies in it, which is told then."""
@@ -207,7 +228,13 @@ class MoDeSTStrategy(FederatedStrategy):
     def mix_buffers(self, buffers: Tensor, exchange: Exchange) -> None:
         for model, vectors in self._models.items():
             if self._live is None and model != SEED_MODEL:
-                vectors.append(exchange.average(buffers, self._weights(model)))
+                vectors.append(self._average(buffers, model, exchange))
+
+    def _average(self, rows: Tensor, model: Model, exchange: Exchange) -> Tensor:
+        """``1/m sum`` of the m models that arrived at an aggregator, or what the robust rule makes of them; ``[P]``."""
+        if self.robust is not None:
+            return combined_row(self.robust, rows, self._weights(model), exchange)
+        return exchange.average(rows, self._weights(model))
 
     def _weights(self, model: Model) -> np.ndarray:
         """Of the clients in an average, ``[N]``."""

@@ -13,6 +13,7 @@ from lightning_fed.robust import RobustMix
 if TYPE_CHECKING:
     from lightning_fed.strategies.fedavg import FedAvgStrategy
     from lightning_fed.strategies.gossip import GossipStrategy
+    from lightning_fed.strategies.modest import MoDeSTStrategy
 
 
 def check_server(strategy: FedAvgStrategy) -> None:
@@ -32,14 +33,42 @@ def check_server(strategy: FedAvgStrategy) -> None:
         )
     if rule is None:
         return
-    if rule.is_centered:
-        raise ValueError(
-            f"robust={rule!r} needs a row of one's own, which a server has not: use it with GossipStrategy, or "
-            "CoordinateMedian, TrimmedMean, GeometricMedian or Krum here."
-        )
+    check_not_centered(rule, "a server")
     if strategy.weighting != "uniform" and not rule.uses_weights:
         raise ValueError(
             f"weighting={strategy.weighting!r}, but robust={rule!r} counts every client once: set weighting='uniform'."
+        )
+
+
+def check_aggregators(strategy: MoDeSTStrategy) -> None:
+    """Refuse a rule or an attack that MoDeST's aggregators cannot have, or that gets too few models while nobody fails.
+
+    Raises:
+        ValueError: naming the setting and the way out.
+    """
+    rule, rules = strategy.robust, strategy.rules
+    check_kinds(RobustMix, **given(robust=rule))
+    check_kinds(Attack, **given(attack=strategy.attack))
+    check_ranks_live(strategy)
+    if rule is None:
+        return
+    check_not_centered(rule, "an aggregator")
+    needed = rules.models_needed(rules.sample_size)
+    fewest = needed if rules.aggregation_timeout is None else min(needed, rules.min_models)
+    setting = "min_models" if fewest < needed else "sample_size or success_fraction"
+    rule.check(fewest, f"that is what an aggregator waits for; raise {setting}, or expect fewer hostile clients")
+
+
+def check_not_centered(rule: RobustMix, who: str) -> None:
+    """Refuse a rule that compares rows with the own one where there is none.
+
+    Raises:
+        ValueError: naming the rule and the way out.
+    """
+    if rule.is_centered:
+        raise ValueError(
+            f"robust={rule!r} needs a row of one's own, which {who} has not: use it with GossipStrategy, or "
+            "CoordinateMedian, TrimmedMean, GeometricMedian or Krum here."
         )
 
 
@@ -66,7 +95,7 @@ def check_gossip(strategy: GossipStrategy) -> None:
         )
 
 
-def check_ranks_live(strategy: FedAvgStrategy | GossipStrategy) -> None:
+def check_ranks_live(strategy: FedAvgStrategy | GossipStrategy | MoDeSTStrategy) -> None:
     """Refuse ranks that may die.
 
     Raises:
@@ -81,7 +110,7 @@ def check_ranks_live(strategy: FedAvgStrategy | GossipStrategy) -> None:
             )
 
 
-def check_number_of_clients(strategy: FedAvgStrategy | GossipStrategy) -> None:
+def check_number_of_clients(strategy: FedAvgStrategy | GossipStrategy | MoDeSTStrategy) -> None:
     """Refuse attackers that do not exist.
 
     Raises:

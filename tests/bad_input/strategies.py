@@ -153,6 +153,8 @@ CATALOGUE: Catalogue = {
             "activity_window": optional(COUNT),
             "restart_timeout": SECONDS,
             "availability": optional(PART),
+            "robust": optional(PART),
+            "attack": optional(PART),
             "federation": FEDERATION,
         }
     ),

@@ -20,6 +20,7 @@ from lightning_fed import (
     GeometricMedian,
     GossipStrategy,
     Krum,
+    MoDeSTStrategy,
     NearestNeighborAverage,
     SignFlip,
     TrimmedMean,
@@ -51,6 +52,9 @@ FEDERATIONS: dict[str, Any] = {
     "server, geometric median": lambda: FedAvgStrategy(num_clients=N, robust=GeometricMedian()),
     "little, trimmed mean": lambda: GossipStrategy(
         "complete", num_clients=N, robust=TrimmedMean(2), attack=ALittleIsEnough(HOSTILE, z=1.0)
+    ),
+    "modest, median": lambda: MoDeSTStrategy(
+        5, 2, num_clients=N, robust=CoordinateMedian(), attack=FallOfEmpires(HOSTILE)
     ),
     "server, empires": lambda: FedAvgStrategy(
         num_clients=N, cohort_size=6, weighting="uniform", robust=CoordinateMedian(), attack=FallOfEmpires(HOSTILE)

@@ -43,6 +43,7 @@ from lightning_fed import (
     GeometricMedian,
     GossipStrategy,
     Krum,
+    MoDeSTStrategy,
     NearestNeighborAverage,
     NotANumber,
     SignFlip,
@@ -55,6 +56,7 @@ from lightning_fed.attacks import Attack, largest_z
 from lightning_fed.compression import TopK
 from lightning_fed.federation.participation import UniformSample
 from lightning_fed.federation.randomness import Stream, derive_seed
+from lightning_fed.modest.membership import hash_order
 from lightning_fed.robust import RobustMix
 
 EPOCHS = 6
@@ -119,6 +121,19 @@ def fedavg(rule: Rule, corrupt: Corrupt = as_trained, server: float | None = Non
         yield x
 
 
+def modest(rule: Rule, size: int, corrupt: Corrupt = as_trained) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All clients' rows and the new model after each round, of samples that all live."""
+    X, x = np.tile(START_P, (CLIENTS, 1)), START_P
+    for t in range(EPOCHS):
+        S = hash_order(CLIENTS, t + 1)[:size]
+        X0 = X.copy()
+        X0[S] = x
+        X[S] = [local_sgd(x, pass_over_shard(i)) for i in S]
+        X = corrupt(X, X0, t)
+        x = rule(X[np.sort(S)])
+        yield X.copy(), x
+
+
 def gossip(rule: Callable[[np.ndarray, int], np.ndarray], corrupt: Corrupt = as_trained, **local: float) -> Any:
     """All clients' rows after each round on a torus of 2 x 4: up and down is one neighbour, so K = 4."""
     X = np.tile(START_P, (CLIENTS, 1))
@@ -143,6 +158,7 @@ TORUS = [torus_neighbours(i) for i in range(CLIENTS)]
 
 Fedavg = partial(FedAvgStrategy, num_clients=CLIENTS, seed=SEED, evaluate="both")
 Gossip = partial(GossipStrategy, "torus", num_clients=CLIENTS, seed=SEED)
+Modest = partial(MoDeSTStrategy, num_clients=CLIENTS, seed=SEED)
 
 
 def server_models(strategy: FedAvgStrategy) -> np.ndarray:
@@ -217,6 +233,41 @@ def test_attackers_in_gossip_send_what_they_should(name: str) -> None:
     np.testing.assert_allclose(model, expected[-1][HONEST].mean(axis=0), rtol=0, atol=TOLERANCE)
 
 
+def assert_modest(strategy: MoDeSTStrategy, expected: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
+    rows, model = run(strategy, epochs=EPOCHS)
+    expected_rows, expected_models = map(np.stack, zip(*expected))
+    np.testing.assert_allclose(rows, expected_rows, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(model, expected_models[-1], rtol=0, atol=TOLERANCE)
+
+
+MODEST_RULES: dict[str, tuple[RobustMix, Rule]] = {
+    "median": (CoordinateMedian(), median),
+    "trimmed mean": (TrimmedMean(2), lambda X: trimmed_mean(X, 2)),
+    "geometric median": (GeometricMedian(20), lambda X: weiszfeld(X, 20, 1e-6)),
+    "multi-krum": (Krum(1, 3), lambda X: krum(X, 1, 3)),
+}
+
+
+@pytest.mark.parametrize("name", MODEST_RULES)
+def test_modests_aggregators_follow_the_rule(name: str) -> None:
+    robust, rule = MODEST_RULES[name]
+    assert_modest(Modest(sample_size=5, num_aggregators=2, robust=robust), modest(rule, 5))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attackers_send_modests_aggregators_what_they_should(name: str) -> None:
+    attack, corrupt = ATTACKS[name]
+    strategy = Modest(sample_size=CLIENTS, robust=TrimmedMean(2), attack=attack)
+    assert_modest(strategy, modest(lambda X: trimmed_mean(X, 2), CLIENTS, corrupt))
+
+
+def test_an_attacker_outside_modests_sample_does_nothing() -> None:
+    idle = [client for client in range(CLIENTS) if client not in hash_order(CLIENTS, 1)[:3]]
+    strategy = Modest(sample_size=3, attack=SignFlip(idle))
+    rows, _ = run(strategy, epochs=1)
+    np.testing.assert_allclose(rows[0], next(modest(lambda X: X.mean(axis=0), 3))[0], rtol=0, atol=TOLERANCE)
+
+
 def test_dfedsam_mixes_by_the_rule_too() -> None:
     strategy = DFedSAMStrategy("torus", rho=0.1, num_clients=CLIENTS, seed=SEED, robust=CoordinateMedian())
     rows, _ = run(strategy, epochs=EPOCHS)
@@ -258,6 +309,7 @@ def test_float_buffers_follow_the_rule() -> None:
         partial(FedAvgStrategy, cohort_size=5, weighting="uniform"),
         partial(GossipStrategy, "torus"),
         partial(GossipStrategy, "complete", gossip_steps=2, participation=UniformSample(size=5)),
+        partial(MoDeSTStrategy, 5, 2),
     ],
 )
 def test_a_rule_costs_the_bytes_and_the_time_of_plain_averaging(make: Any, float_buffers: Any) -> None:
@@ -273,7 +325,14 @@ def test_a_rule_costs_the_bytes_and_the_time_of_plain_averaging(make: Any, float
 # ------------------------------------------------------------------------------------------- checkpoints, bad rows
 
 
-@pytest.mark.parametrize("make", [partial(GossipStrategy, "complete"), partial(FedAvgStrategy, weighting="uniform")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(GossipStrategy, "complete"),
+        partial(FedAvgStrategy, weighting="uniform"),
+        partial(MoDeSTStrategy, sample_size=4, num_aggregators=2),
+    ],
+)
 def test_a_run_that_stops_in_a_round_goes_on_to_the_same_bits(make: Any, tmp_path: Path) -> None:
     def strategy() -> Any:
         return make(num_clients=5, robust=TrimmedMean(1), attack=FallOfEmpires([2], 3.0), evaluate="both", seed=1)
@@ -292,7 +351,7 @@ def test_a_run_that_stops_in_a_round_goes_on_to_the_same_bits(make: Any, tmp_pat
     np.testing.assert_array_equal(all_rows(resumed), all_rows(whole))
 
 
-@pytest.mark.parametrize("make", [partial(GossipStrategy, "complete"), FedAvgStrategy])
+@pytest.mark.parametrize("make", [partial(GossipStrategy, "complete"), FedAvgStrategy, partial(MoDeSTStrategy, 5)])
 def test_rows_of_nan_are_dropped_and_named(make: Any) -> None:
     strategy = make(num_clients=5, attack=NotANumber([1, 3]), on_nonfinite="drop")
     with pytest.warns(UserWarning, match=r"clients \[1, 3\] are not finite and restart from the others"):
@@ -351,6 +410,26 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no own row": (
         lambda: FedAvgStrategy(num_clients=9, weighting="uniform", robust=NearestNeighborAverage(2)),
         "robust=NearestNeighborAverage(byzantine=2) needs a row of one's own, which a server has not",
+    ),
+    "no own model": (
+        lambda: MoDeSTStrategy(5, num_clients=9, robust=NearestNeighborAverage(2)),
+        "robust=NearestNeighborAverage(byzantine=2) needs a row of one's own, which an aggregator has not",
+    ),
+    "sample": (
+        lambda: MoDeSTStrategy(6, success_fraction=0.6, num_clients=9, robust=TrimmedMean(2)),
+        "but only 4 come together: that is what an aggregator waits for; raise sample_size or success_fraction, or",
+    ),
+    "models": (
+        lambda: MoDeSTStrategy(6, aggregation_timeout=9, num_clients=9, robust=TrimmedMean(2)),
+        "but only 3 come together: that is what an aggregator waits for; raise min_models, or expect fewer",
+    ),
+    "elastic nodes": (
+        lambda: MoDeSTStrategy(5, num_clients=9, on_peer_loss="drop", attack=Silent([0])),
+        "needs the rows of all ranks at the same time, which on_peer_loss='drop' does not promise",
+    ),
+    "attackers that are no nodes": (
+        lambda: MoDeSTStrategy(3, num_clients=4, attack=Silent([1, 4])),
+        "clients=[1, 4] of Silent are not all among the num_clients=4 clients 0 .. 3.",
     ),
     "privacy": (
         lambda: FedAvgStrategy(
