@@ -95,10 +95,12 @@ class FederationMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         federation_of(trainer, self)
+        self._model = torch.empty(0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = federation_of(trainer, self)
-        self._model = strategy.consensus(strategy.bank.rows.matrix, strategy.exchange).clone()
+        model = strategy.consensus(strategy.bank.rows.matrix, strategy.exchange)
+        self._model = self._model.to(model) if len(self._model) else model.clone()
         self._forget_after(strategy.round)
         if not self.plots or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -146,12 +148,15 @@ class FederationMonitor(Callback):
             "consensus_distances": list(self.consensus_distances),
             "accuracies": {name: list(points) for name, points in self.accuracies.items()},
             "participation": dict(self.participation),
+            # Of the last logged round: a run that is resumed within a later one cannot compute it.
+            "model": self._model.cpu(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.consensus_distances = list(state_dict["consensus_distances"])
         self.accuracies = {name: list(points) for name, points in state_dict["accuracies"].items()}
         self.participation = dict(state_dict["participation"])
+        self._model = state_dict["model"]
 
     def _measure(self, strategy: FederatedStrategy, cohort_size: int, facts: RoundFacts) -> dict[str, float]:
         """The logged facts of a round that has just ended; a collective call."""

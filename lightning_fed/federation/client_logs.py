@@ -8,7 +8,7 @@ the user's. Ranks may have logged different things, or nothing: what is publishe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -84,6 +84,12 @@ class ClientLogs:
         on_step: Lightning's default of ``on_step`` in this hook.
         on_epoch: likewise.
         per_client: log the epoch values of each client beside the mean, as ``name/client_3``.
+
+    Attributes:
+        entries: what the epoch has logged so far.
+        last_step: the newest step values of the epoch, by the names under which they were published. Lightning shows
+            them until there are newer ones, also in joint steps in which this rank has nothing to do.
+        resumed_step: likewise, of the run that this one resumes, until they are published.
     """
 
     module: LightningModule
@@ -91,6 +97,8 @@ class ClientLogs:
     on_epoch: bool
     per_client: bool = False
     entries: Logs = field(default_factory=dict)
+    last_step: Logs = field(default_factory=dict)
+    resumed_step: Logs = field(default_factory=dict)
     _step_values: dict[str, tuple[list[Tensor], LogEntry]] = field(default_factory=dict)
     _batch: Any = None
     _clients: Sequence[int] = ()
@@ -182,10 +190,14 @@ class ClientLogs:
 
     def publish_step(self) -> None:
         """Log this joint step's values: means over the clients of this rank."""
+        step, self.resumed_step = self.resumed_step, {}
         for name, (values, entry) in self._step_values.items():
             name = f"{name}_step" if entry.also_on_step else name
             mean = torch.stack(values).float().mean() if len(values) > 1 else values[0]
-            self._publish(name, mean, entry, on_step=True)
+            step[name] = replace(entry, value=mean)
+        for name, entry in step.items():
+            self._publish(name, entry.value, entry, on_step=True)
+        self.last_step |= step
         self._step_values = {}
 
     def publish_epoch(self, gather: Callable[[Logs], list[Logs]]) -> None:
@@ -194,7 +206,7 @@ class ClientLogs:
         Args:
             gather: returns what all ranks have logged, in rank order.
         """
-        ranks, self.entries = gather(self.entries), {}
+        ranks, self.entries, self.last_step = gather(self.entries), {}, {}
         merged: Logs = {}
         for entries in ranks:
             for name, entry in entries.items():

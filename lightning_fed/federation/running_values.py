@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 def running_values(local_step: LocalStep) -> dict[str, Any]:
-    """Sums of ``self.log``, and the states of the module's torchmetrics objects, as plain values and tensors."""
+    """Sums and newest step values of ``self.log``, and states of torchmetrics objects, as plain values and tensors."""
     return {
         "logs": {name: entry.to_plain() for name, entry in local_step.logs.entries.items()},
+        "step": {name: entry.to_plain() for name, entry in local_step.logs.last_step.items()},
         "metrics": {
             name: {**metric._copy_state_dict(), "_update_count": metric._update_count}
             for name, metric in metrics_of(local_step)
@@ -26,6 +27,7 @@ def running_values(local_step: LocalStep) -> dict[str, Any]:
 
 def add_running_values(local_step: LocalStep, values: dict[str, Any]) -> None:
     """Go on with what a rank had logged; with that of several ranks, if they were more than now."""
+    local_step.logs.resumed_step = {name: LogEntry.from_plain(plain) for name, plain in values["step"].items()}
     entries = local_step.logs.entries
     for name, plain in values["logs"].items():
         entry = LogEntry.from_plain(plain)

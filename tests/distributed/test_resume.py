@@ -52,10 +52,16 @@ def strategy_of(name: str) -> FederatedStrategy:
     return GossipStrategy(num_clients=6, optimizer_state="keep", topology="one-peer-exponential")
 
 
-def fit(name: str, world_size: int, directory: str, resume: str | None, max_epochs: int = ROUNDS) -> dict[str, Any]:
+def fit(
+    name: str, world_size: int, directory: str, resume: str | None, max_epochs: int = ROUNDS, steps: int = 0
+) -> dict[str, Any]:
+    """One rank's part of a run that saves every epoch, or every so many joint steps."""
     pl.seed_everything(11 if resume is None else 12345, verbose=False)  # the checkpoint knows better
     strategy = strategy_of(name)
-    keep_all = ModelCheckpoint(directory, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    if steps:
+        keep_all = ModelCheckpoint(directory, filename="{step}", save_top_k=-1, every_n_train_steps=steps)
+    else:
+        keep_all = ModelCheckpoint(directory, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     trainer = silent_trainer(
         strategy, world_size, max_epochs=max_epochs, enable_checkpointing=True, callbacks=[keep_all]
     )
@@ -91,6 +97,15 @@ def test_resuming_after_any_round_is_exact(name: str, tmp_path: Path) -> None:
 def test_two_ranks_resume_exactly(name: str, tmp_path: Path) -> None:
     whole = run_ranks(2, fit, name, 2, str(tmp_path / "whole"), None)
     resumed = run_ranks(2, fit, name, 2, str(tmp_path / "resumed"), str(tmp_path / "whole/epoch=1.ckpt"))
+    for one, other in zip(whole, resumed):
+        assert_equal(one, other)
+
+
+def test_a_rank_without_work_in_a_rounds_last_steps_resumes_what_it_has_logged(tmp_path: Path) -> None:
+    whole = run_ranks(2, fit, "gossip", 2, str(tmp_path / "whole"), None, 2, 3)
+    # Of the tenth and last joint step rank 0, whose shards are smaller, has nothing.
+    resumed = run_ranks(2, fit, "gossip", 2, str(tmp_path / "resumed"), str(tmp_path / "whole/step=9.ckpt"), 2)
+    assert all("train/loss_step" in result["metrics"] for result in whole)
     for one, other in zip(whole, resumed):
         assert_equal(one, other)
 

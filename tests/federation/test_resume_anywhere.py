@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from federations import Classifier, all_rows, clients, loaders, silent_trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from lightning_fed import (
@@ -23,7 +25,7 @@ from lightning_fed import (
     TrimmedMean,
     UserLevelPrivacy,
 )
-from lightning_fed.callbacks import Grokfast, SharpnessAware
+from lightning_fed.callbacks import FederationMonitor, Grokfast, SharpnessAware
 from lightning_fed.compression import LowRank, RandK, TopK
 from lightning_fed.federation.virtual_clock import LogNormal, VirtualClock
 
@@ -34,7 +36,6 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=0.01)
 
 
-CLIENTS = 5
 STRATEGIES: dict[str, Any] = {
     "fedavg": lambda **s: FedAvgStrategy(cohort_size=3, **s),
     "fedprox": lambda **s: FedAvgStrategy(mu=0.1, optimizer_state="keep", **s),
@@ -104,6 +105,22 @@ def fit(name: str, directory: Path, resume: Path | None = None, saves: bool = Fa
     }
 
 
+class Record(Logger):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[int | None, dict[str, float]]] = []
+
+    name, version = "record", 0
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.lines.append((step, dict(metrics)))
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 CASES = [(name, "plain") for name in STRATEGIES] + [("gossip", name) for name in TRAINERS if name != "plain"]
 
 
@@ -116,3 +133,20 @@ def test_every_joint_step_is_a_place_to_stop(name: str, trainer: str, tmp_path: 
     for checkpoint in checkpoints[:-1]:
         np.testing.assert_equal(fit(name, tmp_path, checkpoint, **TRAINERS[trainer]), whole, checkpoint.stem)
     np.testing.assert_array_equal(fit(name, tmp_path, checkpoints[-1], **TRAINERS[trainer])["model"], whole["model"])
+
+
+@pytest.mark.parametrize("name", ["fedavg", "gossip, rare", "modest"])
+def test_a_logger_goes_on_where_it_stopped(name: str, tmp_path: Path) -> None:
+    def lines(resume: Path | None = None, saves: bool = False) -> list[tuple[int | None, dict[str, float]]]:
+        record = Record()
+        monitors = [partial(FederationMonitor, plots=False), partial(LearningRateMonitor, "step")]
+        fit(name, tmp_path, resume, saves, logger=record, log_every_n_steps=1, callbacks=monitors)
+        return record.lines
+
+    whole = lines(saves=True)
+    assert len({step for step, _ in whole}) >= 4 and any("fed/consensus_distance" in values for _, values in whole)
+    for checkpoint in sorted(tmp_path.glob("*.ckpt")):
+        step, after = int(checkpoint.stem.removeprefix("step=")), lines(checkpoint)
+        np.testing.assert_equal(after, whole[len(whole) - len(after) :], checkpoint.stem)
+        # Of step k, counted from 0, all that is logged at its own end is before the checkpoint of k + 1 steps.
+        assert {line[0] for line in whole if line[0] is not None and line[0] >= step} <= {line[0] for line in after}
