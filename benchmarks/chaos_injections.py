@@ -72,13 +72,13 @@ def freeze(case: Case) -> Handled:
 
     def act(ranks: Ranks) -> None:
         ranks.send(victim, signal.SIGSTOP)
-        deadline = time.monotonic() + TIMEOUT + SECONDS_PAST_TIMEOUT
+        deadline = time.monotonic() + SECONDS_TO_MEET + SECONDS_PAST_TIMEOUT
         while ranks.are_running and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         late = ranks.are_running
         ranks.send(victim, signal.SIGCONT)
         if late:
-            raise Hang(f"the other rank waits for longer than {TIMEOUT:.0f} s")
+            raise Hang(f"the other rank waits for longer than {SECONDS_TO_MEET:.0f} s")
 
     ends, _ = case.interrupt(act)
     if all_ended_well(ends):
@@ -119,6 +119,7 @@ class SmallDisk:
 def fill_disk(case: Case) -> Handled:
     """Leave less room than a checkpoint takes, from a random moment on; make room again for the next run."""
     filler, left = case.folder / "filler", case.draw.randrange(CHECKPOINT_BYTES)
+    spoiled_before = damages(case.folder)
 
     def act(ranks: Ranks) -> None:
         with filler.open("wb", buffering=0) as file:
@@ -134,10 +135,15 @@ def fill_disk(case: Case) -> Handled:
         return "no checkpoint needed the room" if acted else TOO_LATE, outcome_of(ends)
     if not all("could not be written" in end.error for end in ends.values()):
         raise Broken(f"full disk: {errors(ends)}")
-    spoiled = [words for path in complete_files(case.folder) for words in damage_of(path)]
+    spoiled = damages(case.folder) - spoiled_before
     if spoiled or any(case.folder.rglob("*.writing")):
         raise Broken(f"the full disk has spoiled a checkpoint: {spoiled}")
     return "all ranks raised OSError, the last checkpoint was whole", None
+
+
+def damages(folder: Path) -> set[str]:
+    """What is wrong with the checkpoints in a folder, also by earlier injections."""
+    return {words for path in complete_files(folder) for words in damage_of(path)}
 
 
 def cut(path: Path, draw: random.Random) -> None:

@@ -19,6 +19,8 @@ from lightning_fed.callbacks.drawn_samples import diffusion_module, speaks
 from lightning_fed.callbacks.feature_pass import is_elastic
 from lightning_fed.callbacks.figures import figure_directory, new_figure, plot_line, save_figure
 from lightning_fed.checks import check_counts, check_flags, check_names, check_paths, given
+from lightning_fed.federation.running_values import EpochSums
+from lightning_fed.federation.strategy import FederatedStrategy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +32,7 @@ RATIO_LIMIT, RATIO_BINS = 10.0, 80
 DRAWN_EPOCHS = 5
 
 
-class DiffusionMonitor(Callback):
+class DiffusionMonitor(EpochSums, Callback):
     """Logs the loss by noise level in every epoch, and draws it, and the density ratio of distillation, at the end.
 
     Reads ``last_step`` of a diffusion module after every training step. Its noise levels are sorted into bins of equal
@@ -74,6 +76,9 @@ class DiffusionMonitor(Callback):
     def state_key(self) -> str:
         return self._generate_state_key(prefix=self.prefix)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._sums, self._waiting = Sums(self.bins), []
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         denoiser = diffusion_module(pl_module, self).denoiser
         self._edges = np.geomspace(denoiser.sigma_min, denoiser.sigma_max, self.bins + 1)
@@ -83,7 +88,9 @@ class DiffusionMonitor(Callback):
         kept = {name: [point for point in points if point[0] <= done] for name, points in self.curves.items()}
         self.curves = {name: points for name, points in kept.items() if points}
         self.ratios = [ratios for ratios in self.ratios if ratios[0] <= done]
-        self._sums, self._waiting, self._seen = Sums(self.bins), [], diffusion_module(pl_module, self).last_step
+        self._seen = diffusion_module(pl_module, self).last_step
+        if isinstance(trainer.strategy, FederatedStrategy) or not trainer.is_global_zero:
+            self._sums = Sums(self.bins)  # a federation gives each rank its own sums back
         self._images = None
         if self.plots and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._images = figure_directory(trainer, "diffusion", self.directory)
@@ -130,11 +137,21 @@ class DiffusionMonitor(Callback):
         return {
             "curves": {name: list(points) for name, points in self.curves.items()},
             "ratios": [(done, list(counts)) for done, counts in self.ratios],
+            "sums": self.running_sums(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curves = {name: list(points) for name, points in state_dict["curves"].items()}
         self.ratios = [(done, list(counts)) for done, counts in state_dict["ratios"]]
+        self.add_running_sums(state_dict["sums"])
+
+    def running_sums(self) -> Tensor:
+        self._add_waiting()
+        return self._sums.vector.clone()
+
+    def add_running_sums(self, sums: Tensor) -> None:
+        if len(sums) == len(self._sums.vector):  # else they are of other bins
+            self._sums.vector += sums
 
     @property
     def centres(self) -> list[float]:

@@ -401,8 +401,17 @@ class SharpnessAware(GradientCallback):
         self._rule.fallbacks = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"fallbacks": self.fallbacks, "overflows": self.overflows, "orthogonal": dict(self._orthogonal)}
+        return {
+            "fallbacks": self.fallbacks,
+            "overflows": self.overflows,
+            "orthogonal": dict(self._orthogonal),
+            "rho": self._rho_now,
+            "sharpness": self._sharpness,
+            "second_passes": self._second_passes,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.fallbacks, self.overflows = state_dict["fallbacks"], state_dict["overflows"]
         self._orthogonal = dict(state_dict["orthogonal"])
+        self._rho_now, self._sharpness = state_dict["rho"], state_dict["sharpness"]
+        self._second_passes = state_dict["second_passes"]

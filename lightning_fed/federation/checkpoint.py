@@ -284,9 +284,7 @@ def header_of(strategy: FederatedStrategy, directory: str) -> dict[str, Any]:
 
 def contents_of(strategy: FederatedStrategy) -> dict[str, dict[str, Any]]:
     """What this rank writes, by the names of the files."""
-    assert strategy.lightning_module is not None
     bank, contents = strategy.bank, {}
-    epoch_is_over = strategy.lightning_module.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     if strategy.layout.replica_of_rank(strategy.global_rank) == 0:
         clients = strategy.exchange.clients
         contents[block_name(clients.start, clients.stop)] = {
@@ -299,7 +297,7 @@ def contents_of(strategy: FederatedStrategy) -> dict[str, dict[str, Any]]:
             "clients": {
                 client: bank.state_of(client) for client in sorted({*clients, *bank.present}) if bank.has_state(client)
             },
-            "running": None if epoch_is_over else running_values(strategy.local_step),
+            "running": None if strategy.local_step.epoch_is_over else running_values(strategy.local_step),
         }
     if strategy.is_global_zero:
         contents["algorithm.pt"] = strategy.algorithm_state()

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_fed.federation.preemption import Preemption
 from lightning_fed.federation.rounds import start_round
-from lightning_fed.federation.running_values import add_running_values
+from lightning_fed.federation.running_values import take_running_values
 from lightning_fed.federation.sampler import JointBatch
 
 if TYPE_CHECKING:
@@ -115,11 +115,6 @@ class Companion(Callback):
 
         # Lightning would look at the signature of `training_step` again for every batch.
         trainer.fit_loop.epoch_loop._build_kwargs = self._arguments_of_step  # type: ignore[method-assign]
-        progress = trainer.fit_loop.epoch_progress.current
-        if trainer.fit_loop.restarted_mid_epoch and progress.ready == progress.completed:
-            # Resumed behind an epoch's last joint step. Lightning would not count the next epoch as begun, and its
-            # checkpoints would resume from the wrong place.
-            trainer.fit_loop.reset_restart_stage()
 
     def _arguments_of_step(self, kwargs: OrderedDict[str, Any], batch: Any, batch_idx: int) -> OrderedDict[str, Any]:
         kwargs["batch"] = batch
@@ -148,8 +143,8 @@ class Companion(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         local_step = self.strategy.local_step
         local_step.joint, local_step.batch_idx = batch, batch_idx
-        while local_step.running_values:
-            add_running_values(local_step, local_step.running_values.pop(0))
+        take_running_values(local_step)
+        local_step.epoch_is_over = False
         if local_step.shows_batches:
             batch.replace(lambda minibatch: minibatch, one_by_one=True)
         if batch.index == 0:
@@ -176,8 +171,10 @@ class Companion(Callback):
         peers = self.strategy.peers
         if peers is not None and peers.is_stopped:
             trainer.should_stop = True
+        take_running_values(self.strategy.local_step)
         gather = self.strategy.gather_logs if peers is None else peers.gather_logs
         self.strategy.local_step.logs.publish_epoch(gather)
+        self.strategy.local_step.epoch_is_over = True
         if self.strategy.joint_index:
             rank_zero_warn(
                 f"epoch {trainer.current_epoch} ended within round {self.strategy.round} (after "

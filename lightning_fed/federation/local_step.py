@@ -68,6 +68,7 @@ class LocalStep:
         self.logs = ClientLogs(module, on_step=True, on_epoch=False, per_client=strategy.log_clients)
         self.joint: JointBatch | None = None
         self.running_values: list[dict[str, Any]] = []  # of the epoch in which a resumed run has stopped
+        self.epoch_is_over = False  # and what it has logged is published
         self.batch_idx = 0
         self._seed, self._replica = strategy.seed, strategy.layout.replica_of_rank(strategy.global_rank)
         self.device = strategy.root_device

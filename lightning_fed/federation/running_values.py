@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,6 +14,23 @@ if TYPE_CHECKING:
     from lightning_fed.federation.local_step import LocalStep
 
 
+class EpochSums(ABC):
+    """A callback that adds something up in an epoch, on each rank for itself."""
+
+    @property
+    @abstractmethod
+    def state_key(self) -> str:
+        """As Lightning's callbacks have it."""
+
+    @abstractmethod
+    def running_sums(self) -> Any:
+        """What has been added up so far, as plain values and tensors."""
+
+    @abstractmethod
+    def add_running_sums(self, sums: Any) -> None:
+        """Take what an interrupted run had added up into account."""
+
+
 def running_values(local_step: LocalStep) -> dict[str, Any]:
     """Sums and newest step values of ``self.log``, and states of torchmetrics objects, as plain values and tensors."""
     return {
@@ -22,7 +40,14 @@ def running_values(local_step: LocalStep) -> dict[str, Any]:
             name: {**metric._copy_state_dict(), "_update_count": metric._update_count}
             for name, metric in metrics_of(local_step)
         },
+        "callbacks": {callback.state_key: callback.running_sums() for callback in summing_callbacks(local_step)},
     }
+
+
+def take_running_values(local_step: LocalStep) -> None:
+    """Go on with what an interrupted run has saved of the epoch, if that has not happened yet."""
+    while local_step.running_values:
+        add_running_values(local_step, local_step.running_values.pop(0))
 
 
 def add_running_values(local_step: LocalStep, values: dict[str, Any]) -> None:
@@ -38,11 +63,19 @@ def add_running_values(local_step: LocalStep, values: dict[str, Any]) -> None:
         state = values["metrics"].get(name)
         if state is not None and state["_update_count"]:
             add_state(metric, state)
+    for callback in summing_callbacks(local_step):
+        if callback.state_key in values["callbacks"]:
+            callback.add_running_sums(values["callbacks"][callback.state_key])
 
 
 def metrics_of(local_step: LocalStep) -> list[tuple[str, Metric]]:
     """The module's torchmetrics objects, by name."""
     return [(name, part) for name, part in local_step.module.named_modules() if isinstance(part, Metric)]
+
+
+def summing_callbacks(local_step: LocalStep) -> list[EpochSums]:
+    """The Trainer's callbacks that add something up."""
+    return [callback for callback in local_step.module.trainer.callbacks if isinstance(callback, EpochSums)]  # type: ignore[attr-defined]
 
 
 def add_state(metric: Metric, state: dict[str, Any]) -> None:

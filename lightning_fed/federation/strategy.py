@@ -45,6 +45,7 @@ from lightning_fed.federation.sampler import (
     federated_loader,
 )
 from lightning_fed.federation.settings import check_parts, check_training, check_work
+from lightning_fed.federation.unfinished_epoch import finish_epoch
 from lightning_fed.federation.virtual_clock import VirtualClock
 
 
@@ -380,6 +381,9 @@ class FederatedStrategy(Algorithm, FederationProcesses):
         over this rank's clients, around the consensus model that this rank has.
         """
         return consensus_distance(self)
+
+    def on_train_start(self) -> None:
+        finish_epoch(self)
 
     def on_train_end(self) -> None:
         self.refresh_consensus()  # a fit may end in the middle of a round

@@ -130,9 +130,11 @@ def test_every_joint_step_is_a_place_to_stop(name: str, trainer: str, tmp_path: 
     np.testing.assert_equal(fit(name, tmp_path, saves=True, **TRAINERS[trainer]), whole)
     checkpoints = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
     assert len(checkpoints) >= 4
-    for checkpoint in checkpoints[:-1]:
-        np.testing.assert_equal(fit(name, tmp_path, checkpoint, **TRAINERS[trainer]), whole, checkpoint.stem)
-    np.testing.assert_array_equal(fit(name, tmp_path, checkpoints[-1], **TRAINERS[trainer])["model"], whole["model"])
+    for checkpoint in checkpoints:
+        resumed = fit(name, tmp_path, checkpoint, **TRAINERS[trainer])
+        if checkpoint == checkpoints[-1] and len(resumed["rows"]) == 0:
+            del whole["rows"]  # which only the cohort of a round has
+        np.testing.assert_equal({part: resumed[part] for part in whole}, whole, checkpoint.stem)
 
 
 @pytest.mark.parametrize("name", ["fedavg", "gossip, rare", "modest"])
