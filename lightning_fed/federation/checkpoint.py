@@ -28,7 +28,7 @@ from lightning_fed.federation.layout import Layout
 from lightning_fed.federation.manifest import DIRECTORY, Manifest, damage, directories_of, newest_complete_checkpoint
 from lightning_fed.federation.rounds import hold_rows, remembers_buffers
 from lightning_fed.federation.rows import trainable_parameters
-from lightning_fed.federation.running_values import running_values
+from lightning_fed.federation.running_values import saved_values
 from lightning_fed.federation.virtual_clock import VirtualClock
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ def contents_of(strategy: FederatedStrategy) -> dict[str, dict[str, Any]]:
             "clients": {
                 client: bank.state_of(client) for client in sorted({*clients, *bank.present}) if bank.has_state(client)
             },
-            "running": None if strategy.local_step.epoch_is_over else running_values(strategy.local_step),
+            "running": saved_values(strategy.local_step),
         }
     if strategy.is_global_zero:
         contents["algorithm.pt"] = strategy.algorithm_state()

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_fed.federation.preemption import Preemption
 from lightning_fed.federation.rounds import start_round
-from lightning_fed.federation.running_values import take_running_values
+from lightning_fed.federation.running_values import running_values, take_running_values
 from lightning_fed.federation.sampler import JointBatch
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Companion(Callback):
         local_step = self.strategy.local_step
         local_step.joint, local_step.batch_idx = batch, batch_idx
         take_running_values(local_step)
-        local_step.epoch_is_over = False
+        local_step.epoch_is_over, local_step.values_before_validation = False, None
         if local_step.shows_batches:
             batch.replace(lambda minibatch: minibatch, one_by_one=True)
         if batch.index == 0:
@@ -182,6 +182,12 @@ class Companion(Callback):
                 "max_steps and fast_dev_run count joint steps, and clients communicate at the end of a round only. Use "
                 "local_steps for shorter rounds."
             )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            local_step = self.strategy.local_step
+            take_running_values(local_step)
+            local_step.values_before_validation = running_values(local_step)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.strategy.evaluation.publish()

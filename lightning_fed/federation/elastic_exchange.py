@@ -137,12 +137,13 @@ class ElasticExchange(Exchange):
         with self.events.changed:
             self.mail.forget_before("rows", step)
             self.mail.lost.clear()
-            present = waiting - self.mail.suspects
+            present, cut_off = waiting - self.mail.suspects, waiting & self.mail.cut_off
         # Those that have gone on without this rank are not sent anything.
         present = {peer for peer in present if self._pair(peer).newest_step() < step}
-        absent = waiting - present
+        absent = waiting - (present - cut_off)
         for peer in sorted(present):
-            self._send_rows(peer, step, rows_CP, plan)
+            if peer not in cut_off or not self.network.is_sending(peer):
+                self._send_rows(peer, step, rows_CP, plan)
         arrived: dict[int, Received] = {}
         news, next_look = set(waiting), time.monotonic() + self.mail.look_interval
         while True:

@@ -88,7 +88,7 @@ class ElasticServer:
                 self.network.rank, header, part
             )
             self._wanted_from.clear()
-        served_by, patience = None, math.inf
+        served_by, is_sent, patience = None, False, math.inf
         while True:
             if (average := self.held(step)) is None:
                 self.survivors.update()
@@ -101,14 +101,17 @@ class ElasticServer:
                 # From now on what an earlier leader has sent is refused: the new one counts on that.
                 self._obeyed = leader
                 lost, was_left_behind = leader in self.mail.lost, self._newest_asked > step
+                is_cut_off = leader in self.mail.cut_off
                 self.mail.lost.discard(leader)
             if leader == self.network.rank:
                 self._serve(step, like)
                 continue
-            if leader != served_by or lost:
+            is_sent = is_sent and leader == served_by and not lost
+            if not is_sent and not (is_cut_off and self.network.is_sending(leader)):
                 self._send(leader, header, part)
+                is_sent = True
             patience = min(patience, time.monotonic() + self.network.send_timeout) if was_left_behind else math.inf
-            if (leader == served_by and lost) or time.monotonic() > patience:
+            if (is_cut_off and (lost or leader != served_by)) or time.monotonic() > patience:
                 self._want(step, leader)
                 patience = math.inf
             served_by = leader

@@ -69,6 +69,7 @@ class LocalStep:
         self.joint: JointBatch | None = None
         self.running_values: list[dict[str, Any]] = []  # of the epoch in which a resumed run has stopped
         self.epoch_is_over = False  # and what it has logged is published
+        self.values_before_validation: dict[str, Any] | None = None
         self.batch_idx = 0
         self._seed, self._replica = strategy.seed, strategy.layout.replica_of_rank(strategy.global_rank)
         self.device = strategy.root_device

@@ -23,6 +23,8 @@ class PeerMail:
     Attributes:
         suspects: ranks that were silent when last asked, and have said nothing since.
         lost: ranks to or from which a link has broken, until the main thread forgets it.
+        cut_off: ranks to or from which a link has broken, and from which no tensor has come since. Nobody waits for
+            them again, but what they should get is still sent, as soon as a link can be made.
         messages: what has come, by sender.
     """
 
@@ -30,6 +32,7 @@ class PeerMail:
         self.network, self.events, self.survivors = peers.network, peers.events, peers.survivors
         self.suspects: set[int] = set()
         self.lost: set[int] = set()
+        self.cut_off: set[int] = set()
         self.messages: dict[tuple[str, Step], dict[int, Received]] = {}
         self._news: set[int] = set()
         self.events.on_loss = self._on_loss
@@ -42,6 +45,8 @@ class PeerMail:
     def heard(self, message: Received) -> None:
         """Somebody lives."""
         self.suspects.discard(message.sender)
+        if message.tensors:  # else it may have come through the store
+            self.cut_off.discard(message.sender)
         self._news.add(message.sender)
 
     def keep(self, message: Received) -> None:
@@ -72,6 +77,7 @@ class PeerMail:
         if rank == self.network.rank:
             raise RuntimeError("the store of the federation is gone")
         self.lost.add(rank)
+        self.cut_off.add(rank)
         self._news.add(rank)
 
 

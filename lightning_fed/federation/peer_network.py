@@ -18,6 +18,7 @@ import os
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -123,7 +124,7 @@ class PeerNetwork:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._wire_bytes = 0
-        self._unsettled = 0
+        self._unsettled: Counter[int] = Counter()
         self._ping_numbers = itertools.count()
         self._answers: dict[int, set[int]] = {}
         self._accepted: dict[int, threading.Event] = {}
@@ -177,7 +178,7 @@ class PeerNetwork:
             return
         with self._lock:
             self._check(rank)
-            self._unsettled += 1
+            self._unsettled[rank] += 1
             self._wire_bytes += parcel.num_bytes
             if rank not in self._senders:
                 self._senders[rank] = SenderThread(
@@ -185,7 +186,7 @@ class PeerNetwork:
                     partial(self._connect, rank),
                     partial(self._is_current, rank),
                     self.inbox,
-                    self._settle,
+                    partial(self._settle, rank),
                     self.send_timeout,
                 )
                 self._senders[rank].start()
@@ -220,6 +221,11 @@ class PeerNetwork:
         finally:
             del self._answers[number]
 
+    def is_sending(self, rank: int) -> bool:
+        """Whether a message of ``send`` to a rank has been neither received nor lost so far."""
+        with self._lock:
+            return self._unsettled[rank] > 0
+
     def flush(self, timeout: float) -> bool:
         """Wait until each message of ``send`` has been received or lost.
 
@@ -230,7 +236,7 @@ class PeerNetwork:
             whether that was so in time.
         """
         with self._changed:
-            return self._changed.wait_for(lambda: self._unsettled == 0, timeout)
+            return self._changed.wait_for(lambda: self._unsettled.total() == 0, timeout)
 
     def close(self) -> None:
         """End all threads and links, at once (what is not delivered is lost). May be called again."""
@@ -265,9 +271,9 @@ class PeerNetwork:
     def _post(self, rank: int, incarnation: int, text: str) -> None:
         self._client.queue_push(f"mail/{rank}/{incarnation}", text)
 
-    def _settle(self, messages: int) -> None:
+    def _settle(self, rank: int, messages: int) -> None:
         with self._changed:
-            self._unsettled -= messages
+            self._unsettled[rank] -= messages
             self._changed.notify_all()
 
     # Links, on the thread of their sender or receiver.

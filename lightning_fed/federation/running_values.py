@@ -31,6 +31,16 @@ class EpochSums(ABC):
         """Take what an interrupted run had added up into account."""
 
 
+def saved_values(local_step: LocalStep) -> dict[str, Any] | None:
+    """What a checkpoint keeps of the epoch: in validation as it was before, and nothing when the epoch is over."""
+    if local_step.epoch_is_over:
+        return None
+    if local_step.module.trainer.validating:
+        return local_step.values_before_validation
+    take_running_values(local_step)
+    return running_values(local_step)
+
+
 def running_values(local_step: LocalStep) -> dict[str, Any]:
     """Sums and newest step values of ``self.log``, and states of torchmetrics objects, as plain values and tensors."""
     return {

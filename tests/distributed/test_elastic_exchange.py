@@ -336,6 +336,39 @@ def test_ranks_without_a_link_to_the_leader_go_on(links: list[tuple[int, int]], 
         np.testing.assert_allclose(results[2][8], means_of(going_on) + 8, rtol=0, atol=1e-12)
 
 
+def mix_over(links: list[tuple[int, int]], until: int, pause: float) -> list[np.ndarray]:
+    """This rank's rows after each round of mixing with everybody."""
+    history = []
+    with exchange_on_this_rank(ping_timeout=PING_TIMEOUT, message_timeout=2 * PING_TIMEOUT) as exchange:
+        FailingLinks(exchange.network, links)
+        rows = own(exchange, common_rows(NUM_CLIENTS, WIDTH))
+        weights = 0.9 * np.eye(NUM_CLIENTS) + 0.1 * Complete().weights(NUM_CLIENTS)
+        for round in range(until + 1):
+            time.sleep(pause)
+            exchange.begin_round(round, [])
+            exchange.mix_(rows, weights)
+            history.append(rows.numpy().copy())
+            exchange.network.store.set(f"round/{exchange.host}", str(round))
+    return history
+
+
+def test_ranks_without_a_link_mix_with_the_others_and_then_again() -> None:
+    with ElasticRanks(3, mix_over, [(0, 1), (1, 0)], 120, 0.05) as ranks:
+        await_round(ranks, 2, 3)
+        ranks.store.set("cut", "")
+        await_round(ranks, 2, 20)
+        ranks.store.delete_key("cut")
+        results = ranks.results()
+    start = common_rows(NUM_CLIENTS, WIDTH).numpy()
+    rounds = [np.concatenate([results[rank][round] for rank in range(3)]) for round in range(121)]
+    spreads = [float(np.ptp(X, axis=0).max()) for X in [start, *rounds]]
+    for X in rounds:  # the matrix was doubly stochastic in every round
+        np.testing.assert_allclose(X.mean(axis=0), start.mean(axis=0), rtol=0, atol=1e-12)
+    factors = np.array(spreads[1:]) / np.array(spreads[:-1])
+    np.testing.assert_allclose(factors[[0, 1, 2, -3, -2, -1]], 0.9, rtol=0, atol=1e-9)
+    assert (factors[8:15] > 0.9 + 1e-3).all()  # without the link it takes longer
+
+
 def spoil_a_client() -> dict[int, np.ndarray]:
     """Client 3 is excluded: its row is zero, and others ignore it."""
     with exchange_on_this_rank() as exchange:

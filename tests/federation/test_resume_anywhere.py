@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from federations import Classifier, all_rows, clients, loaders, silent_trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
@@ -92,7 +92,9 @@ def fit(name: str, directory: Path, resume: Path | None = None, saves: bool = Fa
     callbacks = [callback() for callback in settings.pop("callbacks", [])]
     if saves:
         callbacks.append(ModelCheckpoint(directory, "{step}", save_top_k=-1, every_n_train_steps=1))
-    trainer = silent_trainer(strategy, max_epochs=2, callbacks=callbacks, enable_checkpointing=saves, **settings)
+    checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    settings = {"max_epochs": 2, **settings}
+    trainer = silent_trainer(strategy, callbacks=callbacks, enable_checkpointing=checkpoints, **settings)
     module = Quiet() if name == "in waves" else Classifier(momentum=0.9, norm=name != "private")
     trainer.fit(module, *loaders(clients(CLIENTS), batch_size=8), ckpt_path=resume)
     return {
@@ -152,3 +154,46 @@ def test_a_logger_goes_on_where_it_stopped(name: str, tmp_path: Path) -> None:
         np.testing.assert_equal(after, whole[len(whole) - len(after) :], checkpoint.stem)
         # Of step k, counted from 0, all that is logged at its own end is before the checkpoint of k + 1 steps.
         assert {line[0] for line in whole if line[0] is not None and line[0] >= step} <= {line[0] for line in after}
+
+
+@pytest.mark.parametrize("name", ["gossip", "modest"])
+def test_a_checkpoint_of_validation_resumes_with_the_end_of_its_epoch(name: str, tmp_path: Path) -> None:
+    def run(directory: str, resume: Path | None = None) -> dict[str, Any]:
+        save = partial(ModelCheckpoint, tmp_path / directory, "{epoch}", save_top_k=-1, save_on_train_epoch_end=False)
+        return fit(name, tmp_path, resume, callbacks=[save])
+
+    whole = run("whole")
+    np.testing.assert_equal(run("again", tmp_path / "whole/epoch=0.ckpt"), whole)
+    # Of the last epoch Lightning does not repeat what was validated.
+    last, parts = run("last", tmp_path / "whole/epoch=1.ckpt"), ("model", "steps")
+    np.testing.assert_equal([last[part] for part in parts], [whole[part] for part in parts])
+    train = {name: value for name, value in whole["metrics"].items() if name in ("train/loss", "train/loss_epoch")}
+    assert len(train) == 2 and train.items() <= last["metrics"].items()
+
+
+def test_early_stopping_counts_an_epoch_whose_end_was_interrupted(tmp_path: Path) -> None:
+    patient = partial(EarlyStopping, "val/loss", patience=2, min_delta=1e9)
+    whole = fit("gossip", tmp_path, saves=True, callbacks=[patient], max_epochs=9)
+    assert whole["steps"][1] == 3
+    steps = whole["steps"][0] // 3
+    for epochs in (1, 2):
+        checkpoint = tmp_path / f"step={epochs * steps}.ckpt"
+        resumed = fit("gossip", tmp_path, checkpoint, callbacks=[patient], max_epochs=9)
+        np.testing.assert_equal(resumed, whole, checkpoint.stem)
+
+
+class FailsInValidation(pl.Callback):
+    """Raises in the second batch of the first epoch's validation."""
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *arguments: Any) -> None:
+        if trainer.current_epoch == 0 and not trainer.sanity_checking and arguments[2] == 1:
+            raise ArithmeticError("in validation")
+
+
+def test_a_run_that_fails_in_validation_validates_again(tmp_path: Path) -> None:
+    save = partial(ModelCheckpoint, tmp_path, "failed", save_on_exception=True)
+    whole = fit("gossip", tmp_path)
+    with pytest.raises(ArithmeticError):
+        fit("gossip", tmp_path, callbacks=[save, FailsInValidation])
+    (failed,) = tmp_path.glob("*.ckpt")
+    np.testing.assert_equal(fit("gossip", tmp_path, failed), whole)
