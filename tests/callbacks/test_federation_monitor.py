@@ -212,6 +212,10 @@ def test_label_counts_of_a_data_module_are_drawn(tmp_path, monkeypatch):
     np.testing.assert_array_equal(drawn[1], data.label_counts)
 
 
+def curves_of(monitor: FederationMonitor) -> dict[str, Any]:
+    return {name: value for name, value in monitor.state_dict().items() if name != "model"}
+
+
 def test_a_resumed_run_draws_whole_curves(tmp_path):
     checkpoint = tmp_path / "half.ckpt"
     monitor = FederationMonitor(str(tmp_path))
@@ -227,7 +231,7 @@ def test_a_resumed_run_draws_whole_curves(tmp_path):
     )
     trainer_of(GossipStrategy(num_clients=N, seed=1), whole, **settings).fit(Linear(), *loaders())
     assert [point[0] for point in resumed.consensus_distances] == [1, 2, 3, 4]
-    np.testing.assert_equal(resumed.state_dict(), whole.state_dict())
+    assert curves_of(resumed) == curves_of(whole)
     assert list(whole.accuracies) == ["val_acc"]
 
 
@@ -297,7 +301,7 @@ def test_a_resumed_run_draws_who_trained_from_the_first_round(tmp_path):
     trainer_of(modest(), resumed, max_epochs=6).fit(Linear(), *loaders(), ckpt_path=tmp_path / "half.ckpt")
     trainer_of(modest(), whole, max_epochs=6).fit(Linear(), *loaders())
     assert list(whole.participation) == [1, 2, 3, 4, 5, 6]
-    np.testing.assert_equal(resumed.state_dict(), whole.state_dict())
+    assert curves_of(resumed) == curves_of(whole)
 
 
 def test_a_thousand_clients_and_many_rounds_are_a_raster_in_which_every_crash_is_seen(tmp_path):
