@@ -8,7 +8,9 @@ anyway.
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -114,9 +116,17 @@ def all_are_at(place: str, fit: int) -> bool:
         return False
     keys = [f"lightning_fed/failed in fit {fit}/{rank}" for rank in range(dist.get_world_size())]
     store = dist.distributed_c10d._get_default_store()
-    try:
-        store.set(keys[dist.get_rank()], place)
-        store.wait(keys, timedelta(seconds=SECONDS_TO_MEET))
-        return all(store.get(key).decode() == place for key in keys)
-    except (dist.DistError, RuntimeError):  # the others live, or the process that has the store does not
-        return False
+    places: list[str] = []
+
+    def ask() -> None:
+        # With an error if the others live, or the process that has the store does not.
+        with suppress(dist.DistError, RuntimeError):
+            store.set(keys[dist.get_rank()], place)
+            store.wait(keys, timedelta(seconds=SECONDS_TO_MEET))
+            places.extend(store.get(key).decode() for key in keys)
+
+    # If the process that has the store is stopped, no time-out ends the wait for its answer.
+    asking = threading.Thread(target=ask, name="failed ranks", daemon=True)
+    asking.start()
+    asking.join(2 * SECONDS_TO_MEET)
+    return places == [place] * len(keys)
