@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from ranks import run_ranks
 
 from lightning_fed import GossipStrategy
+from lightning_fed.federation import preemption
 from lightning_fed.federation.manifest import newest_complete_checkpoint
 
 CLIENTS, EPOCHS = 4, 3
@@ -48,10 +49,15 @@ class Failing(Classifier):
 
 
 def fit(
-    directory: Path, world_size: int = 1, resume: Path | None = None, module: Any = Classifier, **settings: Any
+    directory: Path,
+    world_size: int = 1,
+    resume: Path | None = None,
+    module: Any = Classifier,
+    timeout: float = 60.0,
+    **settings: Any,
 ) -> np.ndarray:
     pl.seed_everything(1, verbose=False)
-    strategy = GossipStrategy(num_clients=CLIENTS, optimizer_state="keep")
+    strategy = GossipStrategy(num_clients=CLIENTS, optimizer_state="keep", timeout=timeout)
     callbacks = [ModelCheckpoint(directory, "{step}", save_top_k=-1), *settings.pop("callbacks", [])]
     trainer = silent_trainer(
         strategy,
@@ -151,6 +157,17 @@ def test_a_rank_that_fails_alone_saves_nothing_and_nobody_hangs(rank: int, tmp_p
     assert ends[rank][0] == "RuntimeError" and ends[1 - rank][0]
     assert all(seconds < 60 for _, seconds in ends)
     assert [path.stem for path in tmp_path.glob("*.ckpt")] == [newest_complete_checkpoint(tmp_path).stem]  # type: ignore[union-attr]
+
+
+def fit_beside_a_stopped_rank(directory: Path) -> None:
+    with pytest.MonkeyPatch.context() as soon:
+        soon.setattr(preemption, "SECONDS_TO_MEET", 0.5)
+        fit(directory, 2, timeout=2.0, callbacks=[At("SIGSTOP", 1, 3, rank=0)])
+
+
+def test_a_rank_gives_up_when_the_one_that_has_the_store_is_stopped(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"rank 1 failed:(.|\n)*Timed out waiting 2000ms"):
+        run_ranks(2, fit_beside_a_stopped_rank, tmp_path, timeout=30.0)
 
 
 def test_the_documented_script_resumes_where_it_was_stopped(in_tmp_path: Path) -> None:
