@@ -155,8 +155,9 @@ class ElasticServer:
             if self.held(step) is None:
                 self._averages[step[1]] = self._average_of(self.mail.messages[("part", step)], step, like)
             average, living = self._averages[step[1]], set(self._others) - self.mail.suspects
-            for rank in sorted(living):
-                self._send_average(rank, step[1], average)
+        for rank in sorted(living):
+            self._send_average(rank, step[1], average)
+        with self.events.changed:
             self._grant()
 
     def _gives_way(self, step: Step) -> bool:
