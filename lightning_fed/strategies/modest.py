@@ -185,18 +185,20 @@ class MoDeSTStrategy(FederatedStrategy):
         for source in {model for model in starts.values() if model.is_trained}:  # a restart from somebody's own model
             one = np.eye(1, self.num_clients, source.client)[0]
             self._models[source] = [exchange.average(matrix, one) for matrix in matrices]
-        for client in starts:
+        self._place_starts(matrices, exchange)
+
+    def _place_starts(self, matrices: list[Tensor], exchange: Exchange) -> None:
+        """``x_i <- the aggregated model that reached it`` for this rank's clients that train in this round."""
+        for client, model in self.plan(self.round).starts.items():
             if client in exchange.clients:
-                for matrix, vector in zip(matrices, self._models[starts[client]]):
-                    matrix[client - exchange.clients.start] = vector  # x_i <- the aggregated model that reached it
+                for matrix, vector in zip(matrices, self._models[model]):
+                    matrix[client - exchange.clients.start] = vector
 
     def corrupt_rows(self, rows: Tensor, exchange: Exchange) -> None:
         if self.attack is None:
             return
-        began, starts = rows.clone(), self.plan(self.round).starts
-        for client in starts:
-            if client in exchange.clients:
-                began[client - exchange.clients.start] = self._models[starts[client]][0]
+        began = rows.clone()
+        self._place_starts([began], exchange)
         self.attack.corrupt(rows, began, exchange, self.cohort, (self.seed, self.round))
 
     def pass_time(self, clock: VirtualClock, cohort: np.ndarray, local_steps: np.ndarray) -> None:
