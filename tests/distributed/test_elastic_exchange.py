@@ -209,9 +209,36 @@ def test_both_sides_agree_which_rounds_a_stopped_rank_has_missed() -> None:
     np.testing.assert_allclose(after, (Ring().weights(NUM_CLIENTS) @ X)[2:4], rtol=0, atol=1e-12)
 
 
-def upload_rounds(rounds: int, pause: float) -> list[tuple[bool, np.ndarray]]:
+class FailingLinks:
+    """Fails to send, as after a timeout, while the store has the key "cut".
+
+    Args:
+        network: of this rank.
+        links: each from a rank to another one.
+    """
+
+    def __init__(self, network: PeerNetwork, links: Sequence[tuple[int, int]]) -> None:
+        self.inbox, self.deliver = network.inbox, network.send
+        self.unreached = {receiver for sender, receiver in links if sender == network.rank}
+        address = store_address()
+        assert address is not None
+        self.store = connect_store(*address, timeout=30)
+        network.send = self.send  # type: ignore[method-assign]
+
+    def send(self, rank: int, header: dict[str, Any], tensors: Sequence[Tensor]) -> None:
+        if rank in self.unreached and self.store.check(["cut"]):
+            threading.Timer(PING_TIMEOUT / 2, self.inbox.put, [PeerLost(rank)]).start()
+        else:
+            self.deliver(rank, header, tensors)
+
+
+def upload_rounds(
+    rounds: int, pause: float, links: Sequence[tuple[int, int]] = (), message_timeout: float = 30.0
+) -> list[tuple[bool, np.ndarray]]:
+    """For each round whether this rank has taken part, and the average, of it or of a newer one."""
     history = []
-    with exchange_on_this_rank(ping_timeout=PING_TIMEOUT) as exchange:
+    with exchange_on_this_rank(ping_timeout=PING_TIMEOUT, message_timeout=message_timeout) as exchange:
+        FailingLinks(exchange.network, links)
         for round in range(rounds):
             here = exchange.takes_part(round)
             if here:
@@ -262,45 +289,6 @@ def test_a_stopped_rank_gets_the_newest_average_and_takes_part_again(sleeper: in
     np.testing.assert_allclose(awake[0][-1][1], common.mean(0) + rounds - 1, rtol=0, atol=1e-12)
 
 
-class FailingLinks:
-    """Fails to send, as after a timeout, while the store has the key "cut".
-
-    Args:
-        network: of this rank.
-        links: each from a rank to another one.
-    """
-
-    def __init__(self, network: PeerNetwork, links: list[tuple[int, int]]) -> None:
-        self.inbox, self.deliver = network.inbox, network.send
-        self.unreached = {receiver for sender, receiver in links if sender == network.rank}
-        address = store_address()
-        assert address is not None
-        self.store = connect_store(*address, timeout=30)
-        network.send = self.send  # type: ignore[method-assign]
-
-    def send(self, rank: int, header: dict[str, Any], tensors: Sequence[Tensor]) -> None:
-        if rank in self.unreached and self.store.check(["cut"]):
-            threading.Timer(PING_TIMEOUT / 2, self.inbox.put, [PeerLost(rank)]).start()
-        else:
-            self.deliver(rank, header, tensors)
-
-
-def upload_over(links: list[tuple[int, int]], until: int, pause: float) -> list[tuple[int, np.ndarray]]:
-    """The rounds in which this rank has taken part, and their averages."""
-    history: list[tuple[int, np.ndarray]] = []
-    with exchange_on_this_rank(ping_timeout=PING_TIMEOUT, message_timeout=2 * PING_TIMEOUT) as exchange:
-        FailingLinks(exchange.network, links)
-        for round in range(until + 1):
-            if exchange.takes_part(round):
-                time.sleep(pause)
-                exchange.begin_round(round, [])
-                rows = own(exchange, common_rows(NUM_CLIENTS, WIDTH)) + round
-                average = exchange.upload_mean(rows, np.full(NUM_CLIENTS, 1 / NUM_CLIENTS))
-                history.append((round, average.numpy()))
-                exchange.network.store.set(f"round/{exchange.host}", str(round))
-    return history
-
-
 def means_of(ranks: set[int]) -> np.ndarray:
     """Of the clients of some ranks in round 0."""
     common = common_rows(NUM_CLIENTS, WIDTH).numpy()
@@ -318,12 +306,15 @@ def means_of(ranks: set[int]) -> np.ndarray:
 )
 def test_ranks_without_a_link_to_the_leader_go_on(links: list[tuple[int, int]], going_on: set[int]) -> None:
     last = 60
-    with ElasticRanks(3, upload_over, links, last, 0.05) as ranks:
+    with ElasticRanks(3, upload_rounds, last + 1, 0.05, links, 2 * PING_TIMEOUT) as ranks:
         await_round(ranks, 2, 3)
         ranks.store.set("cut", "")
         await_round(ranks, 2, 12)
         ranks.store.delete_key("cut")
-        results = {rank: dict(history) for rank, history in ranks.results().items()}
+        results = {
+            rank: {round: average for round, (here, average) in enumerate(history) if here}
+            for rank, history in ranks.results().items()
+        }
     for round, average in results[2].items():
         means = [means_of(who) + round for who in ({0, 1, 2}, going_on, {0, 2})]
         assert any(np.allclose(average, mean, rtol=0, atol=1e-12) for mean in means), round

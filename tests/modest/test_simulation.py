@@ -110,33 +110,31 @@ def test_without_failures_samples_and_aggregators_are_the_first_of_the_hash_orde
         assert (plan.cancelled, plan.ping_timeouts, plan.restarts, plan.live) == ([], 0, 0, num_clients)
 
 
-def test_it_is_a_function_of_its_arguments_and_not_of_the_order_of_questions() -> None:
-    def run() -> Bounded:
-        churn = RandomChurn(0.01, 0.05, 0.5, unit="seconds")
-        clock = VirtualClock(seconds_per_step=Uniform(0.5, 2), latency=Uniform(0, 0.2))
-        return simulate(15, churn, clock, num_aggregators=2, success_fraction=0.75, seed=3)
+def churning() -> Bounded:
+    churn = RandomChurn(0.01, 0.05, 0.5, unit="seconds")
+    clock = VirtualClock(seconds_per_step=Uniform(0.5, 2), latency=Uniform(0, 0.2))
+    return simulate(15, churn, clock, num_aggregators=2, success_fraction=0.75, seed=3)
 
-    forwards, backwards = run(), run()
+
+def assert_same(plan: RoundPlan, other: RoundPlan) -> None:
+    np.testing.assert_array_equal(plan.sent_bytes, other.sent_bytes)
+    assert {**vars(plan), "sent_bytes": 0} == {**vars(other), "sent_bytes": 0}
+
+
+def test_it_is_a_function_of_its_arguments_and_not_of_the_order_of_questions() -> None:
+    forwards, backwards = churning(), churning()
     one = [forwards.plan(round) for round in range(1, 31)]
     backwards.plan(30)
     other = [backwards.plan(round) for round in range(30, 0, -1)][::-1]
     for plan, again in zip(one, other):
-        np.testing.assert_array_equal(plan.sent_bytes, again.sent_bytes)
-        assert {**vars(plan), "sent_bytes": 0} == {**vars(again), "sent_bytes": 0}
+        assert_same(plan, again)
 
 
 def test_what_is_forgotten_changes_nothing_of_what_follows() -> None:
-    def run() -> Bounded:
-        churn = RandomChurn(0.01, 0.05, 0.5, unit="seconds")
-        clock = VirtualClock(seconds_per_step=Uniform(0.5, 2), latency=Uniform(0, 0.2))
-        return simulate(15, churn, clock, num_aggregators=2, success_fraction=0.75, seed=3)
-
-    remembers, forgets = run(), run()
+    remembers, forgets = churning(), churning()
     for round in range(1, 61):
         forgets.forget_before(round)
-        plan, again = remembers.plan(round), forgets.plan(round)
-        np.testing.assert_array_equal(plan.sent_bytes, again.sent_bytes)
-        assert {**vars(plan), "sent_bytes": 0} == {**vars(again), "sent_bytes": 0}
+        assert_same(remembers.plan(round), forgets.plan(round))
     assert len(remembers._plans) >= 60 and len(forgets._plans) <= 5
     with pytest.raises(LookupError, match="round 59 is forgotten"):
         forgets.plan(59)
